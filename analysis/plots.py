@@ -1,0 +1,328 @@
+"""Figures, one function each; every one returns a matplotlib Figure and `save` writes it.
+
+Colours are Okabe and Ito's (2008), told apart by colour-blind readers; arms differ in marker too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib
+import numpy as np
+from matplotlib.colors import LogNorm
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+from analysis.curves import loss_against_compute
+from analysis.fit import Fit
+from analysis.tables import COLUMNS, count_text, finished
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+
+ARM_NAMES = {
+    "ternary": "ternary (W1.58 A8)",
+    "fp16": "float16",
+    "bf16": "bfloat16",
+    "fp32": "float32",
+}
+_ARM_STYLES = {
+    "ternary": ("#D55E00", "o"),
+    "fp16": ("#0072B2", "s"),
+    "bf16": ("#009E73", "D"),
+    "fp32": ("#555555", "^"),
+}
+_OTHER_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
+_DASHES = (0, (4, 2.5))
+_STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.labelsize": 10.5,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#ececec",
+    "grid.linewidth": 0.8,
+    "xtick.color": "#444444",
+    "ytick.color": "#444444",
+    "legend.frameon": True,
+    "legend.framealpha": 1.0,
+    "legend.edgecolor": "#dddddd",
+    "legend.fontsize": 9,
+    "svg.hashsalt": "bitnet_jax",
+}
+
+
+def arm_name(arm: str) -> str:
+    """An arm in words, or its own name if it has none."""
+    return ARM_NAMES.get(arm, arm)
+
+
+def _arm_styles(arms: list[str]) -> dict[str, tuple[str, str]]:
+    """Colour and marker of each arm; an arm without one of its own takes the next spare."""
+    others = [arm for arm in arms if arm not in _ARM_STYLES]
+    spare = {arm: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, arm in enumerate(others)}
+    return {arm: _ARM_STYLES.get(arm) or spare[arm] for arm in arms}
+
+
+def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
+    """Write `path`.png (150 dots an inch) and `path`.svg, the same bytes for the same figure."""
+    path = Path(path)
+    png, svg = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
+    with matplotlib.rc_context(_STYLE):
+        figure.savefig(png, dpi=150, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return png, svg
+
+
+def loss_vs_compute(
+    endpoints: pd.DataFrame,
+    fits: Mapping[str, Fit] | None = None,
+    references: Mapping[str, float] | None = None,
+) -> Figure:
+    """Held-out loss of every finished endpoint against its training FLOPs, an arm a colour.
+
+    `endpoints` is a results table; `fits` holds a fit for each arm, drawn as its compute-optimal
+    frontier (dashed where that leaves the observed sizes and tokens) with its 95 % band if it was
+    bootstrapped; `references` are losses in nats a token, drawn as labelled horizontal lines.
+    """
+    rows = finished(endpoints)
+    arms = list(dict.fromkeys(rows["precision"]))
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(7.4, 4.9), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        for arm, (colour, marker) in _arm_styles(arms).items():
+            own = rows[rows["precision"] == arm]
+            _draw_runs(axes, own, colour, marker)
+            if fits and arm in fits:
+                _draw_frontier(axes, own, fits[arm], colour)
+        _label_sizes(axes, rows)
+        _widen(axes, rows, references or {})
+        bits = _bits_per_nat(rows)
+        _draw_references(axes, references or {}, bits)
+        if bits is not None:
+            there_and_back = (partial(np.multiply, bits), partial(np.multiply, 1 / bits))
+            axes.secondary_yaxis("right", functions=there_and_back).set_ylabel("bits per byte")
+        axes.set_xlabel("training compute (FLOPs)")
+        axes.set_ylabel("held-out loss (nats per token)")
+        axes.legend(handles=_legend(arms, fits or {}), loc="lower left")
+    return figure
+
+
+def _legend(arms: list[str], fits: Mapping[str, Fit]) -> list[Line2D]:
+    """A marker for each arm and, once, what the lines are."""
+    handles = [
+        Line2D(
+            [], [], linestyle="none", marker=marker, color=colour, markersize=6, label=arm_name(arm)
+        )
+        for arm, (colour, marker) in _arm_styles(arms).items()
+    ]
+    laws = {found.law.name for found in fits.values()}
+    if "power" in laws:
+        handles.append(Line2D([], [], color="#777777", label="fitted power law", linewidth=2))
+    if "chinchilla" in laws:
+        handles.append(
+            Line2D([], [], color="#777777", linewidth=2, label="fitted compute-optimal frontier")
+        )
+        handles.append(
+            Line2D(
+                [],
+                [],
+                color="#777777",
+                linewidth=1.3,
+                linestyle=_DASHES,
+                label="where the optimum leaves the observed N or D",
+            )
+        )
+    return handles
+
+
+def _draw_runs(axes: Axes, rows: pd.DataFrame, colour: str, marker: str) -> None:
+    """An arm's endpoints with standard errors; those of one run are joined."""
+    for _, run in rows.groupby("run_id", sort=False):
+        line = run.sort_values("flops")
+        axes.plot(line["flops"], line["loss"], color=colour, alpha=0.3, linewidth=1, zorder=2)
+    axes.errorbar(
+        rows["flops"],
+        rows["loss"],
+        yerr=rows["loss_stderr"],
+        linestyle="none",
+        color=colour,
+        marker=marker,
+        markersize=6,
+        markeredgecolor="white",
+        markeredgewidth=0.8,
+        elinewidth=1.2,
+        capsize=2,
+        zorder=4,
+    )
+
+
+def _draw_frontier(axes: Axes, rows: pd.DataFrame, found: Fit, colour: str) -> None:
+    ends = rows[COLUMNS["c"]].min(), rows[COLUMNS["c"]].max()
+    curve = loss_against_compute(found, rows, np.geomspace(*ends, 200))
+    axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, linestyle=_DASHES, zorder=3)
+    axes.plot(
+        curve.compute,
+        np.where(curve.measured, curve.loss, np.nan),
+        color=colour,
+        linewidth=2,
+        zorder=3,
+    )
+    if curve.band is not None:
+        axes.fill_between(
+            curve.compute, *curve.band, color=colour, alpha=0.15, linewidth=0, zorder=1
+        )
+
+
+def _label_sizes(axes: Axes, rows: pd.DataFrame) -> None:
+    """Each size's name below its longest training: no other size's curve lies there."""
+    for size, own in rows.groupby("size", sort=False):
+        last = own[own["flops"] == own["flops"].max()].sort_values("loss").iloc[0]
+        axes.annotate(
+            str(size),
+            (last["flops"], last["loss"]),
+            xytext=(0, -15),
+            ha="center",
+            textcoords="offset points",
+            fontsize=8.5,
+            color="#444444",
+            zorder=5,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+
+
+def _widen(axes: Axes, rows: pd.DataFrame, references: Mapping[str, float]) -> None:
+    """Room for labels, and up to the lowest reference that no endpoint has yet passed."""
+    low, high = rows["loss"].min(), rows["loss"].max()
+    above = [loss for loss in references.values() if loss >= high]
+    top = max(high, min(above, default=high))
+    margin = 0.1 * (top - low) if top > low else 0.1 * low
+    axes.set_ylim(low - 2 * margin, top + margin)
+
+
+def _draw_references(axes: Axes, references: Mapping[str, float], bits: float | None) -> None:
+    """Dotted lines, labelled at the right, where the loss curves have fallen away below them."""
+    low, high = axes.get_ylim()
+    for label, loss in references.items():
+        if not low <= loss <= high:
+            continue
+        amount = f"{loss * bits:.2f} bits" if bits is not None else f"{loss:.2f} nats"
+        axes.axhline(loss, color="#777777", linestyle=":", linewidth=1.2, zorder=1)
+        axes.annotate(
+            f"{label} {amount}",
+            (1, loss),
+            xycoords=("axes fraction", "data"),
+            xytext=(-4, 3),
+            textcoords="offset points",
+            ha="right",
+            fontsize=8,
+            color="#555555",
+            zorder=5,
+            path_effects=[withStroke(linewidth=2.5, foreground="white")],
+        )
+
+
+def _bits_per_nat(rows: pd.DataFrame) -> float | None:
+    """Bits a byte for each nat a token, None where the table does not say."""
+    if "bits_per_byte" not in rows:
+        return None
+    ratio = float((rows["bits_per_byte"] / rows["loss"]).median())
+    return ratio if math.isfinite(ratio) else None
+
+
+def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figure:
+    """Held-out loss against parameters, a panel an arm and a colour a number of training tokens.
+
+    `fits` holds `chinchilla` fits; their curves are drawn at the token counts of the endpoints, or
+    at four across their range where there are more than four.
+    """
+    rows = finished(endpoints)
+    arms = list(dict.fromkeys(rows["precision"]))
+    tokens = np.unique(rows["tokens"])
+    drawn = tokens if tokens.size <= 4 else np.geomspace(tokens[0], tokens[-1], 4)
+    sizes = np.geomspace(rows[COLUMNS["n"]].min(), rows[COLUMNS["n"]].max(), 100)
+    norm = LogNorm(tokens[0] / 1.05, tokens[-1] * 1.05)
+    colours = matplotlib.colormaps["viridis"]
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(0.8 + 3.5 * len(arms), 3.8), layout="constrained")
+        panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
+        for axes, arm in zip(panels, arms, strict=True):
+            own = rows[rows["precision"] == arm]
+            for d in drawn if arm in fits else ():
+                axes.plot(
+                    sizes,
+                    fits[arm].predict({"n": sizes, "d": d}),
+                    color=colours(norm(d)),
+                    linewidth=1.5,
+                    zorder=2,
+                )
+            points = axes.scatter(
+                own[COLUMNS["n"]],
+                own["loss"],
+                c=own["tokens"],
+                cmap=colours,
+                norm=norm,
+                s=38,
+                edgecolors="white",
+                linewidths=0.8,
+                zorder=3,
+            )
+            axes.set_xscale("log")
+            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            axes.xaxis.set_major_formatter(FuncFormatter(_tick))
+            axes.xaxis.set_minor_formatter(NullFormatter())
+            axes.set_title(arm_name(arm), fontsize=10.5)
+            axes.set_xlabel("parameters")
+        panels[0].set_ylabel("held-out loss (nats per token)")
+        bar = figure.colorbar(
+            points,
+            ax=list(panels),
+            label="training tokens",
+            pad=0.02,
+            ticks=LogLocator(subs=(1, 2, 5)),
+            format=FuncFormatter(_tick),
+        )
+        bar.minorticks_off()
+    return figure
+
+
+def _tick(value: float, _position: int) -> str:
+    return count_text(value)
+
+
+def law_and_points(found: Fit) -> Figure:
+    """Measured against fitted loss, and the relative residuals beneath: any law, any inputs."""
+    fitted = found.predict(found.inputs)
+    with matplotlib.rc_context(_STYLE):
+        figure = Figure(figsize=(5.4, 5.4), layout="constrained")
+        above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+        ends = [min(fitted.min(), found.loss.min()), max(fitted.max(), found.loss.max())]
+        above.plot(ends, ends, color="#999999", linewidth=1)
+        below.axhline(0, color="#999999", linewidth=1)
+        residuals = 100 * (found.loss / fitted - 1)
+        for axes, values in ((above, found.loss), (below, residuals)):
+            axes.plot(
+                fitted,
+                values,
+                linestyle="none",
+                marker="o",
+                color="#0072B2",
+                markersize=5,
+                markeredgecolor="white",
+                markeredgewidth=0.6,
+            )
+        above.set_title(found.law.write(found.params), fontsize=10)
+        above.set_ylabel("measured loss (nats per token)")
+        below.set_ylabel("residual (%)")
+        below.set_xlabel("fitted loss (nats per token)")
+    return figure

@@ -1,0 +1,54 @@
+"""Checkpoints of a run through orbax: asynchronous, atomic, the last two kept."""
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from bitnet_jax.train_step import TrainState
+
+
+class Checkpointer:
+    """Saves and restores a run at a tick.
+
+    A checkpoint is the training state, the trunk's state set aside while a branch decays (if one
+    does), and the progress, a JSON value.
+    """
+
+    def __init__(self, directory: Path):
+        options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+
+    def save(self, tick: int, state: TrainState, stash: TrainState | None, progress: Any) -> None:
+        """Copy the state off the device and write it in the background."""
+        if self._manager.latest_step() == tick:
+            return
+        items = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
+        if stash is not None:
+            items["stash"] = ocp.args.StandardSave(stash)
+        self._manager.save(tick, args=ocp.args.Composite(**items), force=True)
+
+    def restore_latest(self, like: TrainState) -> tuple[TrainState, TrainState | None, Any] | None:
+        """(state, stash, progress) of the newest checkpoint, or None where there is none.
+
+        like: a state of the same shapes, which gives structure, dtypes and placement.
+        """
+        tick = self._manager.latest_step()
+        if tick is None:
+            return None
+        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        progress = self._restore(tick, progress=ocp.args.JsonRestore())["progress"]
+        restore = {"state": ocp.args.StandardRestore(abstract)}
+        if progress["has_stash"]:
+            restore["stash"] = ocp.args.StandardRestore(abstract)
+        items = self._restore(tick, **restore)
+        return items["state"], items.get("stash"), progress
+
+    def _restore(self, tick: int, **items: Any) -> Any:
+        return self._manager.restore(tick, args=ocp.args.Composite(**items))
+
+    def close(self) -> None:
+        """Wait for the last save; only then is it on disk."""
+        self._manager.wait_until_finished()
+        self._manager.close()

@@ -1,0 +1,1 @@
+"""Configs: every key with its default, and how they become a run."""

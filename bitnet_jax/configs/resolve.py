@@ -1,0 +1,239 @@
+"""From a config to a run: every check that can be made before anything trains.
+
+Each failure is a ConfigError of one line that names the key, its value and what would be right.
+"""
+
+import hashlib
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bitnet_jax import cost, ladder
+from bitnet_jax.data import Corpus
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.model import ACTIVATIONS, TransformerConfig
+from bitnet_jax.optim import SCHEDULES, OptimizerConfig, Schedule, tuned_peak_lr
+from bitnet_jax.precision import get_precision
+from bitnet_jax.spec import DataSpec, RunSpec
+from bitnet_jax.train import LoopOptions
+from bitnet_jax.train_step import StepConfig
+
+
+def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
+    """The run that a config describes on a corpus.
+
+    Raises:
+      ConfigError: a value that cannot work, or two that cannot work together.
+    """
+    model = _model(config, corpus.vocab_size)
+    precision = get_precision(config.precision, config.matmul.carrier)
+    batch_size = _batch_size(config)
+    ends = _ends(config)
+    schedule = _schedule(config, ends)
+    peak_lr = config.optim.peak_lr
+    if peak_lr is None:
+        peak_lr = tuned_peak_lr(precision, cost.count_parameters(model).non_embedding)
+    _require(peak_lr > 0, "optim.peak_lr", peak_lr, "it must be positive")
+    _require(
+        config.optim.weight_decay >= 0,
+        "optim.weight_decay",
+        config.optim.weight_decay,
+        "it must not be negative",
+    )
+    _require(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "it must not be negative")
+    seeds = {
+        key: config.seed if config.seeds[key] is None else config.seeds[key]
+        for key in ("init", "data")
+    }
+    for key, seed in seeds.items():
+        _require(0 <= seed < 2**31, f"seeds.{key}", seed, "it must lie in [0, 2^31)")
+    return RunSpec(
+        size=_size_name(config),
+        seed_init=seeds["init"],
+        seed_data=seeds["data"],
+        step=StepConfig(
+            model, precision, _optimizer(config), config.loss.z_loss, config.train.microbatches
+        ),
+        data=_data(config, corpus),
+        batch_size=batch_size,
+        ends=ends,
+        schedule=schedule,
+        peak_lr=float(peak_lr),
+        weight_decay=float(config.optim.weight_decay),
+    )
+
+
+def loop_options(config: ConfigDict) -> LoopOptions:
+    """The part of a config that cannot change a result.
+
+    Raises:
+      ConfigError: a value that cannot work.
+    """
+    _require(config.log.every >= 1, "log.every", config.log.every, "it must be at least 1")
+    _require(config.eval.every >= 0, "eval.every", config.eval.every, "it must not be negative")
+    seconds = config.checkpoint.seconds
+    _require(seconds >= 0, "checkpoint.seconds", seconds, "it must not be negative")
+    modes = (None, "online", "offline", "disabled")
+    wandb = config.tracking.wandb
+    _require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
+    return LoopOptions(
+        log_every=config.log.every,
+        eval_every=config.eval.every,
+        checkpoint_seconds=seconds,
+        wandb_mode=wandb,
+        wandb_project=config.tracking.project,
+    )
+
+
+def _require(condition: bool, key: str, value: Any, right: str) -> None:
+    if not condition:
+        raise ConfigError(f"{key}={value!r}: {right}")
+
+
+SHAPE_KEYS = ladder.Shape._fields
+
+
+def _size_name(config: ConfigDict) -> str:
+    """The ladder's name, marked where the config overrides its shape."""
+    changed = [f"{key}{config.model[key]}" for key in SHAPE_KEYS if config.model[key] is not None]
+    return "-".join([config.model.size, *changed])
+
+
+def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
+    m = config.model
+    shape = ladder.get_shape(m.size)._asdict()
+    shape.update({key: m[key] for key in SHAPE_KEYS if m[key] is not None})
+    for key, value in shape.items():
+        _require(value >= 1, f"model.{key}", value, "it must be at least 1")
+    width, heads, kv_heads = shape["width"], shape["heads"], shape["kv_heads"]
+    _require(width % heads == 0, "model.width", width, f"it must divide by model.heads={heads}")
+    _require(
+        width // heads % 2 == 0,
+        "model.width",
+        width,
+        f"width / heads = {width // heads} must be even for rotary positions",
+    )
+    _require(
+        heads % kv_heads == 0, "model.kv_heads", kv_heads, f"it must divide model.heads={heads}"
+    )
+    _require(
+        m.activation in ACTIVATIONS,
+        "model.activation",
+        m.activation,
+        f"choose from {', '.join(ACTIVATIONS)}",
+    )
+    _require(m.norm_epsilon > 0, "model.norm_epsilon", m.norm_epsilon, "it must be positive")
+    _require(m.rope_theta > 1, "model.rope_theta", m.rope_theta, "it must be above 1")
+    return TransformerConfig(
+        vocab_size=vocab_size,
+        activation=m.activation,
+        sub_norms=m.sub_norms,
+        tied_embeddings=m.tied_embeddings,
+        rope_theta=m.rope_theta,
+        norm_epsilon=m.norm_epsilon,
+        remat=m.remat,
+        **shape,
+    )
+
+
+def _batch_size(config: ConfigDict) -> int:
+    tokens, length = config.train.batch_tokens, config.data.sequence_length
+    _require(length >= 2, "data.sequence_length", length, "it must be at least 2")
+    _require(
+        tokens >= length and tokens % length == 0,
+        "train.batch_tokens",
+        tokens,
+        f"it must be a multiple of data.sequence_length={length}",
+    )
+    parts = config.train.microbatches
+    _require(
+        parts >= 1 and tokens // length % parts == 0,
+        "train.microbatches",
+        parts,
+        f"it must divide the batch of {tokens // length} sequences",
+    )
+    return tokens // length
+
+
+def _ends(config: ConfigDict) -> tuple[int, ...]:
+    """Optimizer steps of the endpoints: each budget to the nearest whole batch."""
+    budgets = config.train.tokens
+    numbers = all(isinstance(b, int | float) and b == int(b) and b > 0 for b in budgets)
+    _require(len(budgets) > 0 and numbers, "train.tokens", budgets, "positive whole numbers")
+    _require(
+        list(budgets) == sorted(set(budgets)), "train.tokens", budgets, "budgets must be increasing"
+    )
+    ends = tuple(round(b / config.train.batch_tokens) for b in budgets)
+    _require(
+        ends[0] >= 1 and len(set(ends)) == len(ends),
+        "train.tokens",
+        budgets,
+        f"each must hold a further batch of {config.train.batch_tokens} tokens",
+    )
+    return ends
+
+
+def _schedule(config: ConfigDict, ends: tuple[int, ...]) -> Schedule:
+    s = config.schedule
+    _require(s.name in SCHEDULES, "schedule.name", s.name, f"choose from {', '.join(SCHEDULES)}")
+    _require(
+        len(ends) == 1 or s.name == "wsd",
+        "train.tokens",
+        config.train.tokens,
+        f"schedule.name={s.name!r} has one endpoint, so give one budget",
+    )
+    _require(
+        0 <= s.warmup_fraction < 1,
+        "schedule.warmup_fraction",
+        s.warmup_fraction,
+        "it must lie in [0, 1)",
+    )
+    _require(
+        0 < s.decay_fraction <= 1,
+        "schedule.decay_fraction",
+        s.decay_fraction,
+        "it must lie in (0, 1]",
+    )
+    _require(
+        0 <= s.final_ratio <= 1, "schedule.final_ratio", s.final_ratio, "it must lie in [0, 1]"
+    )
+    schedule = Schedule(s.name, round(s.warmup_fraction * ends[0]), s.decay_fraction, s.final_ratio)
+    overlap = s.name == "wsd" and schedule.warmup_steps > schedule.decay_start(ends[0])
+    _require(
+        not overlap,
+        "schedule.warmup_fraction",
+        s.warmup_fraction,
+        f"warm-up must end before the first decay of {s.decay_fraction} begins",
+    )
+    return schedule
+
+
+def _optimizer(config: ConfigDict) -> OptimizerConfig:
+    o = config.optim
+    _require(o.name == "adamw", "optim.name", o.name, "choose from adamw")
+    for key in ("b1", "b2"):
+        _require(0 <= o[key] < 1, f"optim.{key}", o[key], "it must lie in [0, 1)")
+    for key in ("epsilon", "clip_norm"):
+        _require(o[key] > 0, f"optim.{key}", o[key], "it must be positive")
+    return OptimizerConfig(o.name, o.b1, o.b2, o.epsilon, o.clip_norm)
+
+
+def _data(config: ConfigDict, corpus: Corpus) -> DataSpec:
+    length, tokens = config.data.sequence_length, config.eval.tokens
+    for split in ("train", "valid"):
+        have = len(getattr(corpus, split))
+        _require(
+            have > length,
+            "data.sequence_length",
+            length,
+            f"the {split} split of {corpus.name} has only {have} tokens",
+        )
+    _require(
+        tokens == 0 or tokens >= length,
+        "eval.tokens",
+        tokens,
+        f"give 0 for all, or at least data.sequence_length={length}",
+    )
+    digests = "".join(corpus.manifest["splits"][split]["sha256"] for split in ("train", "valid"))
+    digest = hashlib.sha256(digests.encode()).hexdigest()
+    return DataSpec(corpus.name, digest, length, tokens)

@@ -1,0 +1,123 @@
+"""What a model costs, analytically: parameters, FLOPs, stored bits, inference energy.
+
+XLA's own cost analysis counts a scanned body once, so none of this is measured; the tests compare
+it with the parameter tree and with the products counted in an unrolled program.
+"""
+
+import dataclasses
+
+from bitnet_jax.model import TransformerConfig
+from bitnet_jax.precision import Precision
+
+
+@dataclasses.dataclass(frozen=True)
+class Parameters:
+    """Parameter counts by group. The groups are disjoint and sum to `total`."""
+
+    embedding: int  # and the head, where it is not tied
+    quantized: int  # kernels of the linear layers: what the arm's weight quantizer acts on
+    norms: int
+
+    @property
+    def total(self) -> int:
+        return self.embedding + self.quantized + self.norms
+
+    @property
+    def non_embedding(self) -> int:
+        return self.quantized + self.norms
+
+
+def count_parameters(c: TransformerConfig) -> Parameters:
+    """Parameters of a transformer, by group."""
+    attention = 2 * c.width * c.heads * c.head_size + 2 * c.width * c.kv_heads * c.head_size
+    mlp = 3 * c.width * c.ff_width
+    norms = 2 * c.width + (c.width + c.ff_width if c.sub_norms else 0)
+    return Parameters(
+        embedding=c.vocab_size * c.width * (1 if c.tied_embeddings else 2),
+        quantized=c.layers * (attention + mlp),
+        norms=c.layers * norms + c.width,
+    )
+
+
+def forward_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
+    """FLOPs of the matrix products of one forward pass, for one token of a sequence.
+
+    A multiply-add is two. Counted: linear layers, head, and attention's two products over the full
+    T x T square, as they are computed (causality is a mask) and as Hoffmann et al. (2022, appendix
+    F) count them. Not counted: norms, softmax, activations, quantization.
+    """
+    linear = 2 * count_parameters(c).quantized
+    attention = 2 * 2 * c.layers * sequence_length * c.heads * c.head_size
+    head = 2 * c.width * c.vocab_size
+    return linear + attention + head
+
+
+def training_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
+    """Forward, and twice that backward: each product has two gradients. Remat is not counted.
+
+    The same in every arm: a ternary model is trained in the operations of its 16-bit twin.
+    """
+    return 3 * forward_flops_per_token(c, sequence_length)
+
+
+def model_bits(c: TransformerConfig, precision: Precision) -> float:
+    """Bits of information in the stored model.
+
+    Kernels at the arm's `weight_bits` (log2 3 for trits) and one 16-bit scale each where quantized;
+    embedding, head and norms at 16 bits (32 in the fp32 arm).
+    """
+    n = count_parameters(c)
+    rest_bits = 32 if precision.name == "fp32" else 16
+    scales = 7 * c.layers * 16 if precision.quantized else 0
+    return n.quantized * precision.weight_bits + (n.embedding + n.norms) * rest_bits + scales
+
+
+# Picojoules of one addition and one multiplication at 7 nm, as BitNet's papers use them
+# (arXiv:2310.11453, table 2; arXiv:2402.17764, figure 3; figures of Zhang et al. 2022).
+ENERGY_7NM_PJ = {"fp32": (0.38, 1.31), "fp16": (0.16, 0.34), "int8": (0.007, 0.07)}
+
+
+def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length: int) -> float:
+    """Picojoules of arithmetic for one token of inference at 7 nm. Memory traffic is NOT in it.
+
+    A dense product of a row of n by an n x p matrix adds (n-1)p times and multiplies np times; a
+    quantized one adds int8 as often and multiplies only n + p times, in 16 bits, for its scales
+    (BitNet, arXiv:2310.11453, eq. 15-16). Attention and head are dense in every arm; attention is
+    counted at the sequence's mean causal length.
+    """
+    float_kind = "fp32" if precision.name == "fp32" else "fp16"
+    shapes = [(c.width, c.heads * c.head_size), (c.heads * c.head_size, c.width)]
+    shapes += [(c.width, c.kv_heads * c.head_size)] * 2
+    shapes += [(c.width, c.ff_width)] * 2 + [(c.ff_width, c.width)]
+    linear = sum(_product_energy(n, p, precision.quantized, float_kind) for n, p in shapes)
+    keys = (sequence_length + 1) / 2
+    scores = _product_energy(c.head_size, keys, False, float_kind)
+    values = _product_energy(keys, c.head_size, False, float_kind)
+    head = _product_energy(c.width, c.vocab_size, False, float_kind)
+    return c.layers * (linear + c.heads * (scores + values)) + head
+
+
+def _product_energy(n: float, p: float, quantized: bool, float_kind: str) -> float:
+    add, multiply = ENERGY_7NM_PJ[float_kind]
+    if quantized:
+        return ENERGY_7NM_PJ["int8"][0] * (n - 1) * p + multiply * (n + p)
+    return add * (n - 1) * p + multiply * n * p
+
+
+def training_memory(
+    c: TransformerConfig, precision: Precision, batch_tokens: int, sequence_length: int
+) -> int:
+    """Estimated peak bytes of one training step on one device; an estimate, good to about 2x.
+
+    Float32 master, gradient and two Adam moments (and the copy kept while a branch decays); saved
+    activations of every layer, or of one layer and the residual stream under remat; logits thrice.
+    """
+    copies = 4 + 3
+    compute_bytes = 4 if precision.name == "fp32" else 2
+    streams = 6 * c.width * 4 + 2 * c.ff_width * 4
+    products = (4 * c.width + 3 * c.ff_width) * compute_bytes
+    attention = c.heads * sequence_length * (4 + compute_bytes)
+    layer = streams + products + attention
+    saved = layer + c.layers * c.width * 4 if c.remat else c.layers * layer
+    logits = 3 * 4 * c.vocab_size
+    return copies * 4 * count_parameters(c).total + batch_tokens * (saved + logits)

@@ -1,0 +1,196 @@
+"""From text sources to a corpus directory, in one pass over the text and in bounded memory."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from bitnet_jax.data import corpus, wikitext
+from bitnet_jax.data.errors import DataError
+from bitnet_jax.data.readers import Document, Source, open_sources
+from bitnet_jax.data.tokenizers import Tokenizer, open_tokenizer
+
+_BATCH_BYTES = 1 << 22  # text that is tokenized at once, in parallel by `tokenizers`
+_PROGRESS_BYTES = 100_000_000
+
+_logger = logging.getLogger(__name__)
+
+
+def prepare(
+    sources: Sequence[str],
+    tokenizer: str,
+    out: str | Path,
+    *,
+    valid_fraction: float = 0.01,
+    seed: int = 0,
+    valid_sources: Sequence[str] | None = None,
+    text_field: str = "text",
+) -> dict[str, Any]:
+    """Tokenizes text into a corpus directory and returns its manifest.
+
+    Whole documents go to training or to validation, by a hash of their text and `seed`: equal
+    documents land on the same side. An end-of-text token stands between two documents. The
+    source `wikitext-2` alone comes with its own validation text. The directory appears at once
+    and complete, or not at all.
+
+    Args:
+      sources: paths, directories, globs, `hf:NAME[:CONFIG[:SPLIT]]`, or `wikitext-2`.
+      tokenizer: `bytes`, or a file of the `tokenizers` library.
+      out: the directory to make. One with the same content is left as it is.
+      valid_fraction: the expected part of the documents that validates; unused with
+        `valid_sources`.
+      valid_sources: the validation text, if it is not to be split off.
+
+    Raises:
+      DataError: sources that cannot be read, an empty split, an `out` with other content.
+    """
+    encoder = open_tokenizer(tokenizer)
+    if valid_sources is None and list(sources) == [wikitext.NAME]:
+        valid_sources = sources
+    return build(
+        Path(out),
+        encoder,
+        _open(sources, "train", text_field),
+        _open(valid_sources or [], "valid", text_field),
+        valid_fraction=valid_fraction,
+        seed=seed,
+        text_field=text_field,
+    )
+
+
+def build(
+    out: Path,
+    encoder: Tokenizer,
+    train: list[Source],
+    valid: list[Source],
+    *,
+    valid_fraction: float = 0.01,
+    seed: int = 0,
+    text_field: str = "text",
+) -> dict[str, Any]:
+    """`prepare` behind the names: the same, of opened sources. Without `valid` it splits."""
+    _check_disjoint(train, valid)
+    if not valid and not 0 < valid_fraction < 1:
+        raise DataError(f"valid_fraction={valid_fraction}: must lie between 0 and 1")
+    files = [("train", source) for source in train] + [("valid", source) for source in valid]
+    # What is known beforehand, and makes two corpora the same.
+    request = {
+        "schema": corpus.SCHEMA,
+        "name": out.resolve().name,
+        "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
+        "vocab_size": encoder.vocab_size,
+        "dtype": corpus.token_dtype(encoder.vocab_size).name,
+        "eot_token": encoder.eot_token,
+        "valid_fraction": None if valid else valid_fraction,
+        "seed": None if valid else seed,
+        "text_field": text_field,
+        "sources": [{"split": s, "name": f.name, "sha256": f.sha256} for s, f in files],
+    }
+    existing = _existing(out, request)
+    if existing is not None:
+        return existing
+    choose = (lambda text: "train") if valid else _hash_split(valid_fraction, seed)
+    with corpus.building(out) as partial:
+        counts = _write(partial, encoder, train, valid, choose)
+        if encoder.path is not None:
+            shutil.copyfile(encoder.path, partial / "tokenizer.json")
+        corpus.write_manifest(partial, {**request, "splits": counts})
+    return {**request, "splits": counts}
+
+
+def _open(names: Sequence[str], split: str, text_field: str) -> list[Source]:
+    files = open_sources([name for name in names if name != wikitext.NAME], text_field)
+    return ([wikitext.source(split)] if wikitext.NAME in names else []) + files
+
+
+def _check_disjoint(train: list[Source], valid: list[Source]) -> None:
+    known = {source.sha256: source.name for source in train if source.sha256 is not None}
+    for source in valid:
+        if source.sha256 in known:
+            raise DataError(
+                f"valid {source.name}: the same content is the source {known[source.sha256]}: "
+                "validation would see training text"
+            )
+
+
+def _existing(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
+    """The manifest of an identical corpus at `out`, or None where there is nothing yet."""
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise DataError(f"out {str(out)!r}: is a file; name a directory")
+    if not any(out.iterdir()):
+        return None
+    try:
+        manifest = corpus.load(out).manifest
+    except DataError:
+        manifest = {}
+    if {key: manifest.get(key) for key in request} != request:
+        raise DataError(f"out {str(out)!r}: has other content; remove it or name another")
+    _logger.info("%s: already prepared from the same sources", out)
+    return manifest
+
+
+def _hash_split(valid_fraction: float, seed: int) -> Callable[[bytes], str]:
+    threshold = int(valid_fraction * 2**64)
+
+    def split(text: bytes) -> str:
+        digest = hashlib.blake2b(text, digest_size=8, key=str(seed).encode()).digest()
+        return "valid" if int.from_bytes(digest, "little") < threshold else "train"
+
+    return split
+
+
+def _write(
+    partial: Path,
+    encoder: Tokenizer,
+    train: list[Source],
+    valid: list[Source],
+    choose: Callable[[bytes], str],
+) -> dict[str, Any]:
+    """Writes both splits, `choose` dividing the documents of `train`; returns their counts."""
+    writers = {
+        name: corpus.SplitWriter(partial, name, encoder.vocab_size, encoder.eot_token)
+        for name in corpus.SPLITS
+    }
+    try:
+        for sources, split_of in ((train, choose), (valid, lambda text: "valid")):
+            for batch in _batches(sources):
+                for document, ids in zip(batch, encoder.encode(batch), strict=True):
+                    writer = writers[split_of(document.text)]
+                    writer.add(ids, len(document.text), document.separated)
+        documents = sum(writer.documents for writer in writers.values())
+        for name, writer in writers.items():
+            if not writer.documents:
+                raise DataError(
+                    f"the {name} split is empty ({documents} documents in all): change "
+                    "valid_fraction or seed, or give the validation text as --valid=PATH"
+                )
+        return {name: writer.finish() for name, writer in writers.items()}
+    finally:
+        for writer in writers.values():
+            writer.close()
+
+
+def _batches(sources: list[Source]) -> Iterator[list[Document]]:
+    """Documents in groups of some megabytes; says how far it is at every 100 MB."""
+    batch: list[Document] = []
+    size = done = documents = 0
+    for source in sources:
+        for document in source.documents():
+            batch.append(document)
+            size += len(document.text)
+            if size < _BATCH_BYTES:
+                continue
+            yield batch
+            documents += len(batch)
+            if (done + size) // _PROGRESS_BYTES > done // _PROGRESS_BYTES:
+                _logger.info("%d MB, %d documents", (done + size) // 1_000_000, documents)
+            done += size
+            batch, size = [], 0
+    if batch:
+        yield batch

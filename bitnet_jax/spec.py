@@ -1,0 +1,83 @@
+"""A run, resolved: every number that decides its result, and the identity that follows."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax import cost
+from bitnet_jax.optim import OptimizerConfig, Schedule
+from bitnet_jax.train_step import StepConfig
+from bitnet_jax.trajectory import Segment, plan_segments, total_ticks
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSpec:
+    """Which tokens. `sha256` covers the token files, so a path is not part of a run's identity."""
+
+    name: str
+    sha256: str
+    sequence_length: int
+    eval_tokens: int  # held-out tokens of every evaluation; 0 for all
+
+
+@dataclasses.dataclass(frozen=True)
+class RunSpec:
+    """One training trajectory. `ends` are the optimizer steps at which an endpoint is measured."""
+
+    size: str
+    seed_init: int
+    seed_data: int
+    step: StepConfig
+    data: DataSpec
+    batch_size: int  # sequences an optimizer step
+    ends: tuple[int, ...]
+    schedule: Schedule
+    peak_lr: float
+    weight_decay: float
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch_size * self.data.sequence_length
+
+    @property
+    def optimizer(self) -> OptimizerConfig:
+        return self.step.optimizer
+
+    @property
+    def segments(self) -> tuple[Segment, ...]:
+        return plan_segments(self.schedule, self.ends)
+
+    @property
+    def flops_per_token(self) -> int:
+        """Exact training FLOPs a token, attention included."""
+        return cost.training_flops_per_token(self.step.model, self.data.sequence_length)
+
+    @property
+    def total_flops(self) -> int:
+        """What training the whole run costs: the trunk once and every decay."""
+        return total_ticks(self.segments) * self.batch_tokens * self.flops_per_token
+
+    def identity(self) -> dict[str, Any]:
+        """Everything that can change the result, as plain JSON values."""
+        return _plain(dataclasses.asdict(self))
+
+    @property
+    def run_id(self) -> str:
+        """Readable, and ending in a hash of the identity: same config, same run."""
+        text = json.dumps(self.identity(), sort_keys=True)
+        digest = hashlib.sha256(text.encode()).hexdigest()[:10]
+        return f"{self.size}-{self.step.precision.name}-s{self.seed_init}-{digest}"
+
+
+def _plain(value: Any) -> Any:
+    """Nested dataclass values as what JSON can hold; dtypes by name."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (tuple, list)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (str, int, float, bool)) or value is None:
+        return value
+    return np.dtype(value).name

@@ -1,0 +1,122 @@
+"""What a run leaves behind: config.json, metrics.jsonl, summary.json, and Weights & Biases.
+
+The local files are the truth. `metrics.jsonl` holds only what the config determines, so that two
+runs of one config on one machine write the same bytes, interrupted or not; times and rates go to
+the summary and to Weights & Biases.
+"""
+
+import json
+import os
+import platform
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import jax
+
+SCHEMA_VERSION = 1
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON file whole or not at all: to a temporary name, then renamed over the old one."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w") as file:
+        json.dump(value, file, indent=1, allow_nan=False)
+        file.write("\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+class MetricsLog:
+    """Appends JSON lines to a file, which is first cut back to what the checkpoint knew of.
+
+    After a crash the file may hold lines later than the checkpoint, and half a line: resuming from
+    byte `keep` makes them again, equal.
+    """
+
+    def __init__(self, path: Path, keep: int = 0):
+        path.touch()
+        os.truncate(path, keep)
+        self._file = open(path, "a")
+
+    def write(self, record: dict[str, Any]) -> None:
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+
+    @property
+    def bytes(self) -> int:
+        return self._file.tell()
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class Wandb:
+    """One Weights & Biases run, or nothing where the mode is `disabled`.
+
+    mode: the config's `tracking.wandb`; where that is unset, $WANDB_MODE; else `offline`.
+    """
+
+    def __init__(self, mode: str | None, project: str, run_id: str, directory: Path, config: dict):
+        mode = mode or os.environ.get("WANDB_MODE") or "offline"
+        self._run = None
+        if mode == "disabled":
+            return
+        import wandb  # imported here: it is slow, and many runs do not want it
+
+        self._run = wandb.init(
+            project=project,
+            id=run_id,
+            name=run_id,
+            dir=directory,
+            config=config,
+            mode=mode,  # type: ignore[arg-type]
+            resume="allow" if mode == "online" else None,
+            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+        )
+
+    def log(self, metrics: dict[str, float], tick: int) -> None:
+        if self._run:
+            self._run.log(metrics, step=tick)
+
+    def close(self) -> None:
+        if self._run:
+            self._run.finish()
+
+
+def provenance() -> dict[str, str]:
+    """Where results come from: code, versions, device."""
+    return {
+        "git_commit": git_commit(),
+        "jax_version": jax.__version__,
+        "python_version": platform.python_version(),
+        "device": f"{jax.device_count()}x {_device_name()}",
+    }
+
+
+def git_commit() -> str:
+    """The commit of this source tree, with `-dirty` where files differ from it, or `unknown`."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(here), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _device_name() -> str:
+    device = jax.devices()[0]
+    if device.platform != "cpu":
+        return device.device_kind
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        model = platform.processor() or platform.machine()
+    return f"{model}, {os.cpu_count()} cores"

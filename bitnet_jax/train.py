@@ -1,0 +1,313 @@
+"""The training loop: a resolved run in, endpoints out, and nothing lost in between."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bitnet_jax import tracking
+from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.data import Corpus, train_batches, validation_rows
+from bitnet_jax.loss import bits_per_byte
+from bitnet_jax.results import endpoint_row
+from bitnet_jax.spec import RunSpec
+from bitnet_jax.telemetry import zero_fraction
+from bitnet_jax.train_step import (
+    TrainState,
+    compiled_eval_step,
+    compiled_init,
+    compiled_train_step,
+)
+from bitnet_jax.trajectory import Segment, locate, total_ticks
+
+# So many non-finite steps in a row end a segment: more than the halvings of a float16 loss scale
+# from 2^15 to 1, so an arm is not called diverged for finding its scale.
+SKIPS_TO_DIVERGE = 25
+
+
+class Interrupted(Exception):
+    """The run was asked to stop; a checkpoint of this moment has been written."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """What a run does beside training. None of it can change a result.
+
+    log_every, eval_every: optimizer steps; 0 evaluates at endpoints only.
+    checkpoint_seconds: between checkpoints.
+    """
+
+    log_every: int = 50
+    eval_every: int = 0
+    checkpoint_seconds: float = 60.0
+    wandb_mode: str | None = None
+    wandb_project: str = "bitnet_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What a watcher is told at every log step; the rate is None until it is known."""
+
+    tick: int
+    total_ticks: int
+    loss: float | None
+    tokens_per_s: float | None
+
+
+@dataclasses.dataclass
+class Progress:
+    """All that a run remembers beside its training state. JSON values only.
+
+    window: losses since the last log line. skips: non-finite steps in a row; skipped: in all.
+    metrics_bytes: how much of metrics.jsonl this progress has written.
+    """
+
+    tick: int = 0
+    window: list[float] = dataclasses.field(default_factory=list)
+    train_loss: float | None = None
+    grad_norm: float | None = None
+    loss_scale: float = 1.0
+    skips: int = 0
+    skipped: int = 0
+    endpoints: list[dict] = dataclasses.field(default_factory=list)
+    metrics_bytes: int = 0
+    wall_s: float = 0.0
+    has_stash: bool = False
+
+
+def train_and_evaluate(
+    spec: RunSpec,
+    corpus: Corpus,
+    run_dir: Path,
+    options: LoopOptions,
+    config: dict[str, Any],
+    watch: Callable[[Report], None] = lambda report: None,
+    should_stop: Callable[[int], bool] = lambda tick: False,
+) -> dict[str, Any]:
+    """Train a run to its last endpoint, from its newest checkpoint if it has one.
+
+    config: what the user wrote, resolved, kept in config.json beside the run's identity.
+    watch: called at every log step. should_stop: asked before every step.
+    Returns the summary, as in summary.json: status `ok` or `diverged`, and a row an endpoint.
+
+    Raises:
+      Interrupted: should_stop said so; calling again goes on from there.
+    """
+    run_dir.mkdir(parents=True, exist_ok=True)
+    origin = tracking.provenance()
+    header = {"schema_version": tracking.SCHEMA_VERSION, "run_id": spec.run_id, **origin}
+    tracking.write_json(
+        run_dir / "config.json", {**header, "identity": spec.identity(), "config": config}
+    )
+    loop = _Loop(spec, corpus, run_dir, options, config)
+    try:
+        loop.run(watch, should_stop)
+    finally:
+        loop.close()
+    rows = [endpoint_row(spec, e, origin) for e in loop.progress.endpoints]
+    failed = [row["status"] for row in rows if row["status"] != "ok"]
+    summary = {
+        **header,
+        "status": failed[0] if failed else "ok",
+        "skipped_steps": loop.progress.skipped,
+        "wall_s": loop.progress.wall_s,
+        "total_flops": float(spec.total_flops),
+        "endpoints": rows,
+    }
+    tracking.write_json(run_dir / "summary.json", summary)
+    return summary
+
+
+class _Loop:
+    """One run while it trains. `state` is what the next step starts from."""
+
+    def __init__(
+        self, spec: RunSpec, corpus: Corpus, run_dir: Path, options: LoopOptions, config: dict
+    ):
+        self.spec, self.options = spec, options
+        self.segments = spec.segments
+        self.batches = train_batches(
+            corpus.train, spec.data.sequence_length, spec.batch_size, spec.seed_data
+        )
+        self.rows = validation_rows(corpus.valid, spec.data.sequence_length, spec.data.eval_tokens)
+        self.bytes_per_token = corpus.valid_bytes_per_token
+        self.state: TrainState = compiled_init(spec.step)(spec.seed_init)
+        self.stash: TrainState | None = None
+        self.progress = Progress()
+        self.checkpointer = Checkpointer(run_dir / "checkpoints")
+        restored = self.checkpointer.restore_latest(self.state)
+        if restored:
+            self.state, self.stash, progress = restored
+            self.progress = Progress(**progress)
+        self.pending: list[dict[str, jax.Array]] = []  # metrics not yet fetched
+        self.log = tracking.MetricsLog(run_dir / "metrics.jsonl", keep=self.progress.metrics_bytes)
+        self.wandb = tracking.Wandb(
+            options.wandb_mode, options.wandb_project, spec.run_id, run_dir, config
+        )
+
+    def run(self, watch: Callable[[Report], None], should_stop: Callable[[int], bool]) -> None:
+        """Make every remaining tick. Metrics are fetched at log steps only: no step is waited for."""
+        self.clock = self.last_save = self.last_report = time.monotonic()
+        self.reported_tick: int | None = None  # the first interval holds compilation: no rate
+        while self.progress.tick < total_ticks(self.segments):
+            if should_stop(self.progress.tick):
+                self._save()
+                raise Interrupted(self.spec.run_id)
+            index, step = locate(self.segments, self.progress.tick)
+            segment = self.segments[index]
+            if segment.is_decay and step == segment.start:
+                # The step donates its input, so what is set aside must be a copy.
+                self.stash = jax.tree.map(jnp.copy, self.state)
+            factors = self.spec.schedule.factors(step, segment.decay)
+            self._dispatch(step, *factors)
+            done, last = step + 1, step + 1 == segment.end
+            if done % self.options.log_every == 0 or last:
+                self._log_train(segment, done, *factors)
+                watch(self._report())
+                diverged = self.progress.skips >= SKIPS_TO_DIVERGE
+                if segment.is_decay and (last or diverged):
+                    self._finish_decay(index, diverged)
+                elif diverged:
+                    self._give_up(index)
+                elif time.monotonic() - self.last_save > self.options.checkpoint_seconds:
+                    self._save()
+            if self.options.eval_every and done % self.options.eval_every == 0 and not last:
+                self._write("eval", segment, done, valid_loss=self._evaluate()[0])
+
+    def _dispatch(self, step: int, lr_factor: float, decay_factor: float) -> None:
+        learning_rate = np.float32(lr_factor * self.spec.peak_lr)
+        weight_decay = np.float32(decay_factor * self.spec.weight_decay)
+        self.state, metrics = compiled_train_step(self.spec.step)(
+            self.state, self.batches[step], learning_rate, weight_decay
+        )
+        self.pending.append(metrics)
+        self.progress.tick += 1
+
+    def _drain(self) -> None:
+        """Fetch what is pending into the progress."""
+        for metrics in jax.device_get(self.pending):
+            self.progress.skips = int(metrics["skips"])
+            self.progress.skipped += int(self.progress.skips > 0)
+            self.progress.grad_norm = _number(metrics["grad_norm"])
+            self.progress.loss_scale = float(metrics["loss_scale"])
+            if self.progress.skips == 0:
+                self.progress.window.append(float(metrics["loss"]))
+        self.pending = []
+
+    def _log_train(self, segment: Segment, done: int, lr_factor: float, decay: float) -> None:
+        """One line: the mean loss since the line before, and the state of the optimizer."""
+        self._drain()
+        progress, step = self.progress, self.spec.step
+        window = progress.window
+        progress.train_loss = sum(window) / len(window) if window else None
+        progress.window = []
+        values = {
+            "loss": progress.train_loss,
+            "grad_norm": progress.grad_norm,
+            "learning_rate": lr_factor * self.spec.peak_lr,
+            "weight_decay": decay * self.spec.weight_decay,
+            "skipped_steps": progress.skipped,
+        }
+        if step.precision.loss_scaling:
+            values["loss_scale"] = progress.loss_scale
+        if step.precision.quantized:
+            zeros = zero_fraction(self.state.params, step.precision)
+            values["zero_fraction"] = _number(zeros)
+        self._write("train", segment, done, **values)
+
+    def _write(self, kind: str, segment: Segment, done: int, **values: float | None) -> None:
+        branch = segment.end * self.spec.batch_tokens if segment.is_decay else None
+        place = {"step": done, "tokens": done * self.spec.batch_tokens, "decay_to": branch}
+        self.log.write({"kind": kind, **place, **values})
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
+        self.wandb.log(numbers, self.progress.tick)
+
+    def _report(self) -> Report:
+        now, tick = time.monotonic(), self.progress.tick
+        ticks = tick - self.reported_tick if self.reported_tick is not None else None
+        rate = ticks * self.spec.batch_tokens / (now - self.last_report) if ticks else None
+        self.last_report, self.reported_tick = now, tick
+        return Report(tick, total_ticks(self.segments), self.progress.train_loss, rate)
+
+    def _evaluate(self) -> tuple[float | None, float | None]:
+        """Held-out loss and its standard error, nats a token, over the fixed validation rows.
+
+        The error treats rows as independent. Both are None where the loss is not finite.
+        """
+        evaluate = compiled_eval_step(self.spec.step)
+        size = self.spec.batch_size
+        short = -len(self.rows) % size
+        rows = np.concatenate([self.rows, np.repeat(self.rows[-1:], short, axis=0)])
+        batches = rows.reshape(-1, size, rows.shape[1])
+        nats = np.concatenate(jax.device_get([evaluate(self.state.params, b) for b in batches]))
+        nats = nats[: len(self.rows)].astype(np.float64)
+        error = nats.std(ddof=1) / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
+        return _number(nats.mean()), _number(error)
+
+    def _finish_decay(self, index: int, diverged: bool) -> None:
+        """Record the endpoint and put the trunk back."""
+        segment = self.segments[index]
+        loss, error = (None, None) if diverged else self._evaluate()
+        self._record(segment, loss, error)
+        self._write("endpoint", segment, segment.end, valid_loss=loss, valid_loss_stderr=error)
+        assert self.stash is not None
+        self.state, self.stash = self.stash, None
+        self._jump_to(index + 1)
+
+    def _give_up(self, index: int) -> None:
+        """The trunk diverged: so has every endpoint that would have come of it."""
+        for segment in self.segments[index:]:
+            if segment.is_decay:
+                self._record(segment, None, None)
+        self._jump_to(len(self.segments))
+
+    def _record(self, segment: Segment, loss: float | None, error: float | None) -> None:
+        bits = bits_per_byte(loss, self.bytes_per_token) if loss is not None else None
+        self.progress.endpoints.append(
+            {
+                "end": segment.end,
+                "loss": loss,
+                "loss_stderr": error,
+                "bits_per_byte": bits,
+                "train_loss": self.progress.train_loss if loss is not None else None,
+                "unique_tokens": self.batches.unique_tokens(segment.end),
+                "status": "diverged" if loss is None else "ok",
+                "wall_s": round(self._wall_s(), 3),
+            }
+        )
+
+    def _jump_to(self, index: int) -> None:
+        self.progress.tick = total_ticks(self.segments[:index])
+        self.progress.skips = 0
+
+    def _wall_s(self) -> float:
+        """Seconds of training so far, over all launches."""
+        now = time.monotonic()
+        self.progress.wall_s += now - self.clock
+        self.clock = now
+        return self.progress.wall_s
+
+    def _save(self) -> None:
+        self._drain()
+        self._wall_s()
+        self.progress.metrics_bytes = self.log.bytes
+        self.progress.has_stash = self.stash is not None
+        values = dataclasses.asdict(self.progress)
+        self.checkpointer.save(self.progress.tick, self.state, self.stash, values)
+        self.last_save = time.monotonic()
+
+    def close(self) -> None:
+        self.checkpointer.close()
+        self.log.close()
+        self.wandb.close()
+
+
+def _number(value: Any) -> float | None:
+    """A JSON number; None for what JSON cannot hold."""
+    return float(value) if np.isfinite(value) else None

@@ -1,0 +1,1 @@
+"""The commands: train, collect, report, export and benchmark."""

@@ -1,0 +1,72 @@
+"""Endpoints of a sweep's runs into one table: `<sweep>/endpoints.parquet`.
+
+    python -m experiments.collect results/quickstart
+
+A run that was planned but has no summary yet is not in the table; one that failed is, with status
+`failed` and no loss.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Collection, Mapping
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
+
+
+def collect(
+    sweep_directory: Path,
+    failures: Mapping[str, list[dict[str, Any]]] | None = None,
+    run_ids: Collection[str] | None = None,
+) -> pd.DataFrame:
+    """Read finished runs' rows, write the table atomically, and return it.
+
+    failures: rows of runs that failed in this launch, by run id. run_ids: the runs that belong to
+      the table, so that what an earlier config left in the same directory is not mixed in; default
+      all.
+
+    Raises:
+      FileNotFoundError: no run has finished or failed.
+    """
+    rows = []
+    for path in sorted(sweep_directory.glob("runs/*/summary.json")):
+        if run_ids is not None and path.parent.name not in run_ids:
+            continue
+        summary = json.loads(path.read_text())
+        rows += [{"sweep": sweep_directory.name, **row} for row in summary["endpoints"]]
+    for failed in (failures or {}).values():
+        rows += [{"sweep": sweep_directory.name, **row} for row in failed]
+    if not rows:
+        raise FileNotFoundError(f"{sweep_directory}: no run has finished")
+    table = pd.DataFrame(rows)
+    order = ["run_id", "sweep"]
+    table = table[order + [column for column in table if column not in order]]
+    table = table.astype(dict.fromkeys(FLOATS, "float64"))
+    table = table.sort_values(["params_non_embedding", "tokens", "precision", "seed", "run_id"])
+    table = table.reset_index(drop=True)
+    temporary = sweep_directory / ".endpoints.parquet.tmp"
+    table.to_parquet(temporary, index=False)
+    temporary.replace(sweep_directory / "endpoints.parquet")
+    return table
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Command line."""
+    parser = argparse.ArgumentParser(prog="python -m experiments.collect", description=__doc__)
+    parser.add_argument("sweep_directory", type=Path)
+    directory = parser.parse_args(argv).sweep_directory
+    try:
+        table = collect(directory)
+    except FileNotFoundError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    print(f"{directory / 'endpoints.parquet'}: {len(table)} endpoints")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,162 @@
+"""What a person sees: the plan, the runs as they train, and the results, through rich.
+
+On a terminal, a live bar for the run and one for the sweep; in a pipe, plain lines.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+from rich.table import Table
+
+from bitnet_jax import cost
+from bitnet_jax.train import Report
+from experiments.plan import Plan, PlannedRun
+
+
+def console() -> Console:
+    """Plain and unwrapped where the output is not a terminal."""
+    plain = Console()
+    return plain if plain.is_terminal else Console(width=160, highlight=False)
+
+
+def count(number: float) -> str:
+    """Three digits and a unit: 27.0k, 1.31M."""
+    for unit, size in (("T", 1e12), ("B", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """2:05, or 1:02:05."""
+    minutes, rest = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str) -> None:
+    """The dry run's table: what each run is and costs."""
+    table = Table(title=f"{plan.name}: {len(plan.runs)} runs", title_justify="left")
+    for column in ("size", "arm"):
+        table.add_column(column)
+    for column in ("seed", "peak LR", "params", "non-emb.", "tokens", "FLOPs", "memory", "time"):
+        table.add_column(column, justify="right")
+    table.add_column("state")
+    for run in plan.runs:
+        spec = run.spec
+        parameters = cost.count_parameters(spec.step.model)
+        table.add_row(
+            spec.size,
+            spec.step.precision.name,
+            str(spec.seed_init),
+            f"{spec.peak_lr:.2g}",
+            count(parameters.total),
+            count(parameters.non_embedding),
+            ", ".join(count(end * spec.batch_tokens) for end in spec.ends),
+            count(spec.total_flops),
+            f"{run_memory(run) / 1e9:.2f} GB",
+            duration(spec.total_flops / flops_per_s),
+            run.state,
+        )
+    screen.print(table)
+    todo = sum(run.spec.total_flops for run in plan.runs if not run.finished)
+    total = sum(run.spec.total_flops for run in plan.runs)
+    screen.print(
+        f"total {count(total)} FLOPs, still to do {count(todo)}: about "
+        f"{duration(todo / flops_per_s)} and compilation, at {count(flops_per_s)} FLOP/s "
+        f"({rate_source})"
+    )
+    screen.print(f"results would go to {plan.directory}", soft_wrap=True)
+
+
+def run_memory(run: PlannedRun) -> int:
+    """Estimated peak bytes of a run's step; one microbatch is in flight at a time."""
+    spec = run.spec
+    tokens = spec.batch_tokens // spec.step.microbatches
+    return cost.training_memory(
+        spec.step.model, spec.step.precision, tokens, spec.data.sequence_length
+    )
+
+
+class SweepDisplay:
+    """Progress over the runs of a plan. The sweep's unit is a FLOP, so its time left is fair."""
+
+    def __init__(self, screen: Console, plan: Plan):
+        self._screen, self._plan = screen, plan
+        self._todo = float(sum(r.spec.total_flops for r in plan.runs if not r.finished))
+        self._done = 0.0  # FLOPs of the runs completed in this launch
+        self._began = time.monotonic()
+        self._last_line = 0.0
+        self._bars: Progress | None = None
+
+    @contextlib.contextmanager
+    def live(self) -> Iterator[None]:
+        """Show bars while inside, on a terminal."""
+        if not self._screen.is_terminal:
+            yield
+            return
+        columns = (
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:>3.0f}%"),
+            TextColumn("{task.fields[text]}"),
+        )
+        with Progress(*columns, console=self._screen, transient=True) as self._bars:
+            self._run_bar = self._bars.add_task("", total=1.0, text="", visible=False)
+            self._sweep_bar = self._bars.add_task("sweep", total=1.0, text="")
+            yield
+        self._bars = None
+
+    def start(self, index: int, run: PlannedRun) -> None:
+        """A run begins."""
+        self._run, self._index, self._run_began = run, index, time.monotonic()
+        self._first: tuple[int, float] | None = None  # where this launch's rate is counted from
+        if self._bars:
+            name = (
+                f"[{index}/{len(self._plan.runs)}] {run.spec.size} {run.spec.step.precision.name}"
+            )
+            self._bars.update(
+                self._run_bar, description=name, completed=0, text="compiling", visible=True
+            )
+
+    def watch(self, report: Report) -> None:
+        """A run reports."""
+        now, share = time.monotonic(), report.tick / report.total_ticks
+        self._first = self._first or (report.tick, now)
+        ticks, seconds = report.tick - self._first[0], now - self._first[1]
+        left = (report.total_ticks - report.tick) * seconds / ticks if ticks else None
+        done = self._done + share * self._run.spec.total_flops
+        sweep_left = (self._todo - done) * (now - self._began) / done if done else None
+        text = self._numbers(report, left)
+        if self._bars:
+            self._bars.update(self._run_bar, completed=share, text=text)
+            sweep_text = f"{_left(sweep_left)} left" if sweep_left is not None else ""
+            self._bars.update(self._sweep_bar, completed=done / self._todo, text=sweep_text)
+        elif now - self._last_line > 10:
+            self._last_line = now
+            self._screen.print(
+                f"  [{self._index}/{len(self._plan.runs)}] {self._run.spec.run_id}  "
+                f"{share:4.0%}  {text}, sweep {_left(sweep_left)}",
+                soft_wrap=True,
+                markup=False,
+            )
+
+    def _numbers(self, report: Report, left: float | None) -> str:
+        loss = f"{report.loss:.3f} nats" if report.loss is not None else "not finite"
+        rate = f"{count(report.tokens_per_s)} tok/s" if report.tokens_per_s else ""
+        parts = [f"step {report.tick}/{report.total_ticks}", f"loss {loss}", rate, _left(left)]
+        return "  ".join(part for part in parts if part)
+
+    def finish(self, run: PlannedRun, text: str) -> None:
+        """A run ended; leave a line of it."""
+        self._done += run.spec.total_flops
+        took = duration(time.monotonic() - self._run_began)
+        line = f"[{self._index}/{len(self._plan.runs)}] {run.spec.run_id}  {text}  ({took})"
+        self._screen.print(line, soft_wrap=True, markup=False)
+
+
+def _left(seconds: float | None) -> str:
+    return "" if seconds is None else f"{duration(seconds)} left"

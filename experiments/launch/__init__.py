@@ -1,0 +1,1 @@
+"""Launchers: how a plan is carried out. The unit is always one run directory."""

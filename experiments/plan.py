@@ -1,0 +1,144 @@
+"""From a config (and the sweep it declares) to the runs that will be trained, all checked."""
+
+import dataclasses
+import importlib.util
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.data import Corpus
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.spec import RunSpec
+
+EXAMPLE = "sweeps/isoflop.py:size=800k"
+
+
+@dataclasses.dataclass(frozen=True)
+class PlannedRun:
+    """One run: what the user's config became, and the spec resolved from it."""
+
+    spec: RunSpec
+    config: ConfigDict
+    directory: Path
+
+    @property
+    def finished(self) -> bool:
+        return (self.directory / "summary.json").exists()
+
+    @property
+    def started(self) -> bool:
+        return (self.directory / "config.json").exists()
+
+    @property
+    def state(self) -> str:
+        """What the next launch will do with it."""
+        return "done" if self.finished else "resume" if self.started else "new"
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """Every run of one launch. `directory` is where the results table goes."""
+
+    name: str
+    directory: Path
+    corpus: Corpus
+    runs: tuple[PlannedRun, ...]
+
+
+def make_plan(
+    config: ConfigDict,
+    points: Iterable[dict[str, Any]],
+    corpus: Corpus,
+    workdir: Path,
+    overridden: Iterable[str] = (),
+) -> Plan:
+    """Apply each point of a sweep to the config and resolve it. Nothing is written.
+
+    overridden: keys that the command line set, which the sweep must not set again.
+
+    Raises:
+      ConfigError: a run that cannot be, the same run twice, or a key set in both places.
+    """
+    directory = workdir / _safe_name(config.name)
+    runs: dict[str, PlannedRun] = {}
+    for point in points:
+        clash = point.keys() & set(overridden)
+        if clash:
+            key = sorted(clash)[0]
+            raise ConfigError(
+                f"{key}={config[key]!r}: the sweep sets this key itself; change the axis under "
+                "config.sweep instead"
+            )
+        run_config = _with(config, point)
+        spec = resolve(run_config, corpus)
+        if spec.run_id in runs:
+            raise ConfigError(
+                f"sweep={config.name!r}: {spec.run_id} occurs twice; points must differ"
+            )
+        run_directory = directory / "runs" / spec.run_id
+        runs[spec.run_id] = PlannedRun(spec, run_config, run_directory)
+    if not runs:
+        raise ConfigError(f"sweep={config.name!r}: it has no points; fill in its axes")
+    return Plan(config.name, directory, corpus, tuple(runs.values()))
+
+
+def _safe_name(name: str) -> str:
+    """A single folder's name; it may not lead out of the workdir."""
+    if not name or name != Path(name).name or name.startswith("."):
+        raise ConfigError(f"name={name!r}: it must be a plain folder name, such as 'quickstart'")
+    return name
+
+
+def _with(config: ConfigDict, point: dict[str, Any]) -> ConfigDict:
+    copy = config.copy_and_resolve_references()
+    for key, value in point.items():
+        try:
+            copy.update_from_flattened_dict({key: value})
+        except (KeyError, TypeError, ValueError) as error:
+            raise ConfigError(f"{key}={value!r}: {first_line(error)}") from error
+    return copy
+
+
+def load_config(path_and_arg: str) -> ConfigDict:
+    """What `get_config` of `file.py` or `file.py:arg` returns. The file is Python and is run.
+
+    Raises:
+      ConfigError: no such file, or one without get_config.
+    """
+    path, _, arg = path_and_arg.partition(":")
+    get_config = getattr(_load(path), "get_config", None)
+    if get_config is None:
+        raise ConfigError(f"--config={path}: it has no get_config()")
+    return get_config(arg) if arg else get_config()
+
+
+def load_sweep(path: str) -> Callable[[ConfigDict], Iterable[dict[str, Any]]]:
+    """The `sweep` function of a config file.
+
+    Raises:
+      ConfigError: the file declares no sweep.
+    """
+    module = _load(path)
+    if not hasattr(module, "sweep"):
+        raise ConfigError(f"--config={path}: it declares no sweep(config); leave --sweep out")
+    return module.sweep
+
+
+def _load(path: str) -> ModuleType:
+    if not Path(path).is_file() or not path.endswith(".py"):
+        raise ConfigError(f"--config={path}: no such config file; give a path such as {EXAMPLE}")
+    spec = importlib.util.spec_from_file_location("_config_file", path)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message."""
+    text = str(error.args[0]) if error.args else str(error)
+    return (text.strip().splitlines() or [type(error).__name__])[0]

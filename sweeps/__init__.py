@@ -1,0 +1,1 @@
+"""Sweeps: one file each, with `get_config(arg)` and `sweep(config)`."""

@@ -1,0 +1,150 @@
+"""What a sweep's report says, escapes and refuses, from the files alone."""
+
+import json
+import re
+
+import numpy as np
+import pandas as pd
+import pytest
+from synthetic_results import TRIGRAM, endpoints
+
+from analysis.arms import fit_arms
+from experiments.report import (
+    TABLE_HEADER,
+    endpoint_table,
+    fit_lines,
+    main,
+    verdict,
+    write_report,
+)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory):
+    """A sweep directory with one diverged endpoint of a hostile name, and its report's paths."""
+    folder = tmp_path_factory.mktemp("results") / "quickstart"
+    folder.mkdir()
+    table = endpoints()
+    lost = table.iloc[[3]].assign(
+        run_id="<script>alert(1)</script>",
+        seed=1,
+        status="diverged",
+        loss=np.nan,
+        loss_stderr=np.nan,
+        bits_per_byte=np.nan,
+        git_commit="fedcba9",
+    )
+    pd.concat([table, lost], ignore_index=True).to_parquet(folder / "endpoints.parquet")
+    paths = write_report(
+        folder,
+        title="a <b>title</b>",
+        references=TRIGRAM,
+        facts={"command": "python -m experiments.run --sweep"},
+    )
+    return folder, paths
+
+
+def test_writes_everything(sweep):
+    folder, paths = sweep
+    assert set(paths) == {"fits", "report", "loss_vs_compute", "loss_vs_parameters"}
+    for path in paths.values():
+        assert path.is_file()
+    assert paths["loss_vs_compute"] == folder / "figures" / "loss_vs_compute.png"
+    assert paths["loss_vs_compute"].with_suffix(".svg").is_file()
+    assert not list(folder.rglob("*.partial"))
+
+
+def test_fits_are_described(sweep):
+    document = json.loads(sweep[1]["fits"].read_text())
+    assert document["schema_version"] == 1
+    assert set(document["fits"]) == {"ternary", "fp16"}
+    for laws in document["fits"].values():
+        assert laws["chinchilla"]["n_points"] == 8
+        assert laws["chinchilla"]["objective"] == "huber"
+        assert laws["chinchilla"]["rms_log_residual"] < 4e-3
+        assert any("8 points for 5" in warning for warning in laws["chinchilla"]["warnings"])
+    lines = fit_lines(document)
+    assert lines[0].startswith("ternary: L = ") and "8 points, huber" in lines[0]
+
+
+def test_page_is_escaped_and_loads_nothing(sweep):
+    html = sweep[1]["report"].read_text()
+    assert "<script" not in html and "&lt;script&gt;alert(1)&lt;/script&gt;" in html
+    assert "a &lt;b&gt;title&lt;/b&gt;" in html
+    assert not re.search(r"https?:|<link|@import|url\(|<iframe", html)
+    sources = re.findall(r'src="([^"]{20})', html)
+    assert len(sources) == 2 and all(s.startswith("data:image/svg+xml") for s in sources)
+
+
+def test_page_tells_of_losses_and_mixtures(sweep):
+    html = sweep[1]["report"].read_text()
+    assert "Diverged or failed" in html and "diverged" in html
+    assert "1 of 17 endpoints did not finish" in html
+    assert "mix 2 values of git_commit" in html and "abcdef1, fedcba9" in html
+    assert "byte trigram (Witten-Bell)" in html and "2.970 bits" in html
+
+
+def test_verdict_states_the_paired_difference():
+    table = endpoints()
+    wide = table.pivot_table(index=["size", "tokens"], columns="precision", values="loss")
+    percent = 100 * ((wide["ternary"] - wide["fp16"]) / wide["fp16"]).mean()
+    sentences = verdict(table, fit_arms(table, bootstrap=0))
+    assert f"{percent:.2f} % above that of fp16" in sentences[0]
+    assert "4 pairs of runs" in sentences[1] and "8 pairs of endpoints" in sentences[1]
+    assert sentences[2].startswith("At equal training compute")
+    assert sentences[-1] == "8 fitted points an arm: a demonstration, not an answer."
+
+
+def test_regenerates_from_the_files_alone(sweep, capsys):
+    folder, paths = sweep
+    before = paths["report"].read_text()
+    assert main([str(folder)]) == 0
+    assert paths["report"].read_text() == before
+    assert "report.html" in capsys.readouterr().out
+
+
+def test_refused_law_falls_back_with_its_reason(tmp_path):
+    table = endpoints()
+    table["tokens"] = 20 * table["params_non_embedding"]
+    table["run_id"] += np.arange(len(table)).astype(str)
+    table.to_parquet(tmp_path / "endpoints.parquet")
+    document = json.loads(write_report(tmp_path)["fits"].read_text())
+    assert "d rises with n" in document["fits"]["fp16"]["chinchilla"]["refused"]
+    assert document["fits"]["fp16"]["power"]["n_points"] == 8
+    assert "fp16: no chinchilla fit: d rises" in "\n".join(fit_lines(document))
+
+
+def test_nothing_finished_still_gives_a_report(tmp_path):
+    table = endpoints().assign(status="failed", loss=None, loss_stderr=None, bits_per_byte=None)
+    table.to_parquet(tmp_path / "endpoints.parquet")
+    paths = write_report(tmp_path)
+    assert set(paths) == {"fits", "report"}
+    assert "16 of 16 endpoints did not finish" in paths["report"].read_text()
+
+
+def test_one_arm_is_not_compared(tmp_path):
+    table = endpoints()
+    table[table["precision"] == "ternary"].to_parquet(tmp_path / "endpoints.parquet")
+    document = json.loads(write_report(tmp_path)["fits"].read_text())
+    assert document["verdict"] == ["8 fitted points an arm: a demonstration, not an answer."]
+
+
+def test_table_rows_are_text_in_order():
+    rows = endpoint_table(endpoints())
+    assert len(rows) == 16 and all(len(row) == len(TABLE_HEADER) for row in rows)
+    assert rows[0][:4] == ("0.2m", "fp16", "0", "2.59M")
+    assert re.fullmatch(r"\d\.\d{4} ± 0\.0040", rows[0][4])
+
+
+def test_user_mistakes(tmp_path, capsys):
+    assert main([str(tmp_path)]) == 2
+    assert "endpoints.parquet: no such file" in capsys.readouterr().err
+    endpoints().drop(columns="flops").to_parquet(tmp_path / "endpoints.parquet")
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: no column 'flops'") and error.count("\n") == 1
+    assert main([]) == 2
+    (tmp_path / "fits.json").write_text("{")
+    endpoints().to_parquet(tmp_path / "endpoints.parquet")
+    assert main([str(tmp_path)]) == 2
+    assert "is not JSON" in capsys.readouterr().err
