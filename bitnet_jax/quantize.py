@@ -56,9 +56,12 @@ def ternary_absmean(w: Float[Array, "..."]) -> Quantized:
     where the FAQ's reference code puts the paper's epsilon.
     """
     w = w.astype(jnp.float32)
-    # Dividing before the sum keeps the mean finite for weights up to the largest float32.
+    # Dividing before the sum keeps the mean finite for weights of up to 3e38.
     gamma = jnp.maximum(jnp.sum(jnp.abs(w) / w.size, keepdims=True), SCALE_FLOOR)
-    return _codes(w / gamma, low=-1, high=1, scale=_poison(gamma))
+    # round(w / gamma) is 0 up to gamma/2, that included. Compared and not divided: XLA multiplies
+    # by 1/gamma, which is off by an ulp, and flushed to 0 for gamma above 8.5e37.
+    codes = jnp.where(jnp.abs(w) > gamma / 2, jnp.sign(w), 0).astype(jnp.int8)
+    return Quantized(codes, _poison(gamma))
 
 
 def int8_absmax(x: Float[Array, "*B D"]) -> Quantized:

@@ -5,10 +5,13 @@ runs of one config on one machine write the same bytes, interrupted or not; time
 the summary and to Weights & Biases.
 """
 
+import contextlib
 import json
 import os
 import platform
 import subprocess
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,16 +59,20 @@ class Wandb:
     """One Weights & Biases run, or nothing where the mode is `disabled`.
 
     mode: the config's `tracking.wandb`; where that is unset, $WANDB_MODE; else `offline`.
+    It is a copy of what the local files hold: if it fails, the run warns and goes on without it.
     """
 
     def __init__(self, mode: str | None, project: str, run_id: str, directory: Path, config: dict):
         mode = mode or os.environ.get("WANDB_MODE") or "offline"
         self._run = None
-        if mode == "disabled":
-            return
+        if mode != "disabled":
+            with self._surviving():
+                self._run = self._start(mode, project, run_id, directory, config)
+
+    def _start(self, mode: str, project: str, run_id: str, directory: Path, config: dict) -> Any:
         import wandb  # imported here: it is slow, and many runs do not want it
 
-        self._run = wandb.init(
+        return wandb.init(
             project=project,
             id=run_id,
             name=run_id,
@@ -76,13 +83,24 @@ class Wandb:
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 
+    @contextlib.contextmanager
+    def _surviving(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:  # whatever it is, the training matters more
+            self._run = None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            print(f"warning: Weights & Biases is off for this run: {reason}", file=sys.stderr)
+
     def log(self, metrics: dict[str, float], tick: int) -> None:
         if self._run:
-            self._run.log(metrics, step=tick)
+            with self._surviving():
+                self._run.log(metrics, step=tick)
 
     def close(self) -> None:
         if self._run:
-            self._run.finish()
+            with self._surviving():
+                self._run.finish()
 
 
 def provenance() -> dict[str, str]:

@@ -30,6 +30,9 @@ from bitnet_jax.trajectory import Segment, locate, total_ticks
 # from 2^15 to 1, so an arm is not called diverged for finding its scale.
 SKIPS_TO_DIVERGE = 25
 
+# An endpoint's train_loss is the mean over so many last steps of its decay, however it was logged.
+TRAIN_LOSS_STEPS = 50
+
 
 class Interrupted(Exception):
     """The run was asked to stop; a checkpoint of this moment has been written."""
@@ -64,16 +67,19 @@ class Report:
 class Progress:
     """All that a run remembers beside its training state. JSON values only.
 
-    window: losses since the last log line. skips: non-finite steps in a row; skipped: in all.
+    window: losses since the last log line. tail: the last TRAIN_LOSS_STEPS of this segment.
+    skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
     metrics_bytes: how much of metrics.jsonl this progress has written.
     """
 
     tick: int = 0
     window: list[float] = dataclasses.field(default_factory=list)
+    tail: list[float] = dataclasses.field(default_factory=list)
     train_loss: float | None = None
     grad_norm: float | None = None
     loss_scale: float = 1.0
     skips: int = 0
+    worst_skips: int = 0
     skipped: int = 0
     endpoints: list[dict] = dataclasses.field(default_factory=list)
     metrics_bytes: int = 0
@@ -161,24 +167,38 @@ class _Loop:
                 raise Interrupted(self.spec.run_id)
             index, step = locate(self.segments, self.progress.tick)
             segment = self.segments[index]
-            if segment.is_decay and step == segment.start:
-                # The step donates its input, so what is set aside must be a copy.
-                self.stash = jax.tree.map(jnp.copy, self.state)
+            if step == segment.start:
+                self._begin(segment)
             factors = self.spec.schedule.factors(step, segment.decay)
             self._dispatch(step, *factors)
             done, last = step + 1, step + 1 == segment.end
+            # Before the checkpoint below, which would otherwise not know of this line.
+            if self.options.eval_every and done % self.options.eval_every == 0 and not last:
+                self._write("eval", segment, done, valid_loss=self._evaluate()[0])
             if done % self.options.log_every == 0 or last:
                 self._log_train(segment, done, *factors)
                 watch(self._report())
-                diverged = self.progress.skips >= SKIPS_TO_DIVERGE
+                diverged = self._has_diverged(segment, last)
                 if segment.is_decay and (last or diverged):
                     self._finish_decay(index, diverged)
                 elif diverged:
                     self._give_up(index)
                 elif time.monotonic() - self.last_save > self.options.checkpoint_seconds:
                     self._save()
-            if self.options.eval_every and done % self.options.eval_every == 0 and not last:
-                self._write("eval", segment, done, valid_loss=self._evaluate()[0])
+
+    def _begin(self, segment: Segment) -> None:
+        self.progress.tail, self.progress.worst_skips = [], 0
+        if segment.is_decay:
+            # The step donates its input, so what is set aside must be a copy.
+            self.stash = jax.tree.map(jnp.copy, self.state)
+
+    def _has_diverged(self, segment: Segment, last: bool) -> bool:
+        """Too many steps skipped in a row; or all of a decay, so that nothing has decayed.
+
+        Asked at log steps, but by a segment's end the answer does not depend on where they lie.
+        """
+        undecayed = segment.is_decay and last and self.progress.skips >= segment.steps
+        return undecayed or self.progress.worst_skips >= SKIPS_TO_DIVERGE
 
     def _dispatch(self, step: int, lr_factor: float, decay_factor: float) -> None:
         learning_rate = np.float32(lr_factor * self.spec.peak_lr)
@@ -191,13 +211,16 @@ class _Loop:
 
     def _drain(self) -> None:
         """Fetch what is pending into the progress."""
+        progress = self.progress
         for metrics in jax.device_get(self.pending):
-            self.progress.skips = int(metrics["skips"])
-            self.progress.skipped += int(self.progress.skips > 0)
-            self.progress.grad_norm = _number(metrics["grad_norm"])
-            self.progress.loss_scale = float(metrics["loss_scale"])
-            if self.progress.skips == 0:
-                self.progress.window.append(float(metrics["loss"]))
+            progress.skips = int(metrics["skips"])
+            progress.worst_skips = max(progress.worst_skips, progress.skips)
+            progress.skipped += int(progress.skips > 0)
+            progress.grad_norm = _number(metrics["grad_norm"])
+            progress.loss_scale = float(metrics["loss_scale"])
+            if progress.skips == 0:
+                progress.window.append(float(metrics["loss"]))
+                progress.tail = [*progress.tail, float(metrics["loss"])][-TRAIN_LOSS_STEPS:]
         self.pending = []
 
     def _log_train(self, segment: Segment, done: int, lr_factor: float, decay: float) -> None:
@@ -269,13 +292,14 @@ class _Loop:
 
     def _record(self, segment: Segment, loss: float | None, error: float | None) -> None:
         bits = bits_per_byte(loss, self.bytes_per_token) if loss is not None else None
+        tail = self.progress.tail
         self.progress.endpoints.append(
             {
                 "end": segment.end,
                 "loss": loss,
                 "loss_stderr": error,
                 "bits_per_byte": bits,
-                "train_loss": self.progress.train_loss if loss is not None else None,
+                "train_loss": sum(tail) / len(tail) if tail and loss is not None else None,
                 "unique_tokens": self.batches.unique_tokens(segment.end),
                 "status": "diverged" if loss is None else "ok",
                 "wall_s": round(self._wall_s(), 3),
