@@ -18,6 +18,6 @@ def zero_fraction(params: dict, precision: Precision) -> Float[Array, ""]:
         if linear_kernel(path):
             # Kernels are stacked over layers; each layer has a scale of its own.
             codes = jax.vmap(precision.weight_quantizer)(kernel).codes
-            zeros += jnp.sum(codes == 0)
+            zeros += jnp.mean(codes == 0) * codes.size  # a sum would overflow int32
             count += codes.size
     return zeros / count

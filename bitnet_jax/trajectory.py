@@ -45,7 +45,7 @@ def plan_segments(schedule: Schedule, ends: tuple[int, ...]) -> tuple[Segment, .
 
 
 def total_ticks(segments: tuple[Segment, ...]) -> int:
-    """Optimizer steps of the whole run: its cost, less than the sum over its endpoints."""
+    """Optimizer steps of the whole run: what it costs, at most the sum over its endpoints."""
     return sum(s.steps for s in segments)
 
 

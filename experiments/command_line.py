@@ -61,12 +61,13 @@ def config_path(values: flags.FlagValues) -> str:
 
 
 def _with_config(argv: list[str]) -> list[str]:
-    """`--config FILE` as `--config=FILE`, and the default file where none is named."""
+    """`--config FILE` as `--config=FILE`, before its overrides; the default where none is named."""
     while "--config" in argv[:-1]:
         at = argv.index("--config")
         argv[at : at + 2] = [f"--config={argv[at + 1]}"]
-    if any(a.startswith("--config=") for a in argv):
-        return argv
+    named = [a for a in argv if a.startswith("--config=")]
+    if named:
+        return [argv[0], *named, *(a for a in argv[1:] if a not in named)]
     sweeping = "--sweep" in argv or "--sweep=true" in argv
     return [argv[0], f"--config={DEFAULT_SWEEP if sweeping else DEFAULT_RUN}", *argv[1:]]
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.spec import RunSpec
@@ -75,6 +75,7 @@ def make_plan(
             )
         run_config = _with(config, point)
         spec = resolve(run_config, corpus)
+        loop_options(run_config)  # its mistakes, too, are met before anything is written
         if spec.run_id in runs:
             raise ConfigError(
                 f"sweep={config.name!r}: {spec.run_id} occurs twice; points must differ"
@@ -94,11 +95,14 @@ def _safe_name(name: str) -> str:
 
 
 def _with(config: ConfigDict, point: dict[str, Any]) -> ConfigDict:
-    copy = config.copy_and_resolve_references()
+    copy = config.copy_and_resolve_references().lock()  # so that no key is made up
     for key, value in point.items():
         try:
             copy.update_from_flattened_dict({key: value})
-        except (KeyError, TypeError, ValueError) as error:
+        except KeyError as error:
+            right = "see bitnet_jax/configs/default.py"
+            raise ConfigError(f"{key}={value!r}: the sweep sets an unknown key; {right}") from error
+        except (TypeError, ValueError) as error:
             raise ConfigError(f"{key}={value!r}: {first_line(error)}") from error
     return copy
 

@@ -23,7 +23,7 @@ def product(*sweeps: Iterable[Point]) -> list[Point]:
     """Every combination; the last sweep varies fastest.
 
     Raises:
-      ValueError: two sweeps set the same key.
+      ConfigError: two sweeps set the same key.
     """
     return [_merge(points) for points in itertools.product(*sweeps)]
 
@@ -32,9 +32,17 @@ def zipit(*sweeps: Iterable[Point]) -> list[Point]:
     """Point by point, side by side.
 
     Raises:
-      ValueError: lengths differ, or two sweeps set the same key.
+      ConfigError: lengths differ, or two sweeps set the same key.
     """
-    return [_merge(points) for points in zip(*sweeps, strict=True)]
+    lists = [list(sweep) for sweep in sweeps]
+    if len({len(points) for points in lists}) > 1:
+        lengths = [
+            f"{len(points)} of {', '.join(points[0]) if points else '?'}" for points in lists
+        ]
+        raise ConfigError(
+            f"the sweep's axes go side by side, so give equally many: {', '.join(lengths)}"
+        )
+    return [_merge(points) for points in zip(*lists, strict=True)]
 
 
 def chain(*sweeps: Iterable[Point]) -> list[Point]:
@@ -47,7 +55,7 @@ def _merge(points: Iterable[Point]) -> Point:
     for point in points:
         shared = merged.keys() & point.keys()
         if shared:
-            raise ValueError(f"two axes of the sweep set {', '.join(sorted(shared))}")
+            raise ConfigError(f"two axes of the sweep set {', '.join(sorted(shared))}")
         merged.update(point)
     return merged
 

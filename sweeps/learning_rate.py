@@ -20,7 +20,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train.tokens = (600_000,)
     c.sweep.sizes = ("27k", "95k", "330k")
     c.sweep.precisions = ("ternary", "fp16")
-    c.sweep.peak_lrs = tuple(round(1e-3 * 2**k, 6) for k in range(7))  # .001 to .064
+    c.sweep.peak_lrs = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)
     return c
 
 

@@ -40,7 +40,7 @@ def get_config() -> ConfigDict:
 
     c.train = ConfigDict()
     c.train.tokens = (1_000_000,)  # budgets, increasing; several only with schedule wsd
-    c.train.batch_tokens = 2048  # tokens an optimizer step
+    c.train.batch_tokens = 1024  # tokens an optimizer step
     c.train.microbatches = 1  # gradient accumulation: the batch is cut into so many parts
 
     c.schedule = ConfigDict()

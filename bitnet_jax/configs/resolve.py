@@ -158,7 +158,7 @@ def _batch_size(config: ConfigDict) -> int:
 def _ends(config: ConfigDict) -> tuple[int, ...]:
     """Optimizer steps of the endpoints: each budget to the nearest whole batch."""
     budgets = config.train.tokens
-    numbers = all(isinstance(b, int | float) and b == int(b) and b > 0 for b in budgets)
+    numbers = all(isinstance(b, int | float) and float(b).is_integer() and b > 0 for b in budgets)
     _require(len(budgets) > 0 and numbers, "train.tokens", budgets, "positive whole numbers")
     _require(
         list(budgets) == sorted(set(budgets)), "train.tokens", budgets, "budgets must be increasing"

@@ -1,0 +1,108 @@
+"""Checkpoints: a round trip to the bit, with and without the trunk set aside; the last two kept."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.train_step import compiled_init
+
+
+@pytest.fixture(scope="module")
+def state_of(tiny_config, tiny_corpus):
+    """A state whose every leaf depends on the seed, counters and loss scale included."""
+    step = resolve(tiny_config(), tiny_corpus).step
+
+    def make(seed):
+        state = compiled_init(step)(seed)
+        filled = jax.tree.map(
+            lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x + 0.1 * (seed + 1), state
+        )
+        return filled.replace(good_steps=jnp.int32(seed + 3), skips=jnp.int32(seed + 5))
+
+    return make
+
+
+@pytest.fixture
+def reopened(tmp_path, state_of):
+    """What a new process would restore."""
+
+    def restore():
+        checkpointer = Checkpointer(tmp_path / "checkpoints")
+        restored = checkpointer.restore_latest(state_of(9))
+        checkpointer.close()
+        return restored
+
+    return restore
+
+
+@pytest.fixture
+def checkpointer(tmp_path):
+    checkpointer = Checkpointer(tmp_path / "checkpoints")
+    yield checkpointer
+    checkpointer.close()
+
+
+def assert_bitwise_equal(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert (x.dtype, x.shape) == (y.dtype, y.shape)
+        assert np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+@pytest.mark.parametrize("stash", [False, True])
+def test_round_trip(checkpointer, reopened, state_of, stash):
+    # Floats that JSON must not round, and what it may not forget.
+    progress = {"has_stash": stash, "window": [0.1 + 0.2, 1e-300], "train_loss": None}
+    set_aside = state_of(2) if stash else None
+    checkpointer.save(17, state_of(1), set_aside, progress)
+    checkpointer.close()
+    state, restored_stash, restored = reopened()
+    assert_bitwise_equal(state, state_of(1))
+    assert (restored_stash is not None) == stash
+    if stash:
+        assert_bitwise_equal(restored_stash, state_of(2))
+    assert restored == progress
+
+
+def test_the_newest_of_two_kept(checkpointer, reopened, state_of, tmp_path):
+    for tick in (5, 10, 15, 20):
+        checkpointer.save(tick, state_of(tick), None, {"has_stash": False, "tick": tick})
+    checkpointer.close()
+    kept = sorted(int(path.name) for path in (tmp_path / "checkpoints").iterdir())
+    assert kept == [15, 20]
+    state, _, progress = reopened()
+    assert progress["tick"] == 20
+    assert_bitwise_equal(state, state_of(20))
+
+
+def test_restores_the_newest_without_stash_after_one_with(checkpointer, reopened, state_of):
+    checkpointer.save(1, state_of(1), state_of(2), {"has_stash": True})
+    checkpointer.save(2, state_of(3), None, {"has_stash": False})
+    checkpointer.close()
+    state, stash, _ = reopened()
+    assert stash is None
+    assert_bitwise_equal(state, state_of(3))
+
+
+def test_same_tick_is_saved_once(checkpointer, reopened, state_of):
+    checkpointer.save(3, state_of(1), None, {"has_stash": False})
+    checkpointer.save(3, state_of(1), None, {"has_stash": False})
+    checkpointer.close()
+    assert_bitwise_equal(reopened()[0], state_of(1))
+
+
+def test_nothing_to_restore(checkpointer, state_of):
+    assert checkpointer.restore_latest(state_of(0)) is None
+
+
+def test_the_state_may_be_overwritten_while_it_is_written(checkpointer, reopened, state_of):
+    """Steps donate their input: what is saved must have left it by the time `save` returns."""
+    state = state_of(4)
+    step = jax.jit(lambda s: jax.tree.map(lambda x: x * 0, s), donate_argnums=0)
+    checkpointer.save(1, state, None, {"has_stash": False})
+    step(state)
+    checkpointer.close()
+    assert_bitwise_equal(reopened()[0], state_of(4))

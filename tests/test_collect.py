@@ -1,0 +1,126 @@
+"""Summaries into one table."""
+
+import math
+
+import pandas as pd
+import pytest
+
+from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.results import endpoint_row
+from bitnet_jax.tracking import write_json
+from experiments.collect import collect, main
+
+# fmt: off
+CONTRACT = [
+    "run_id", "sweep", "size", "precision", "seed", "params_total", "params_non_embedding",
+    "params_quantized", "tokens", "unique_tokens", "flops", "flops_6nd", "loss", "loss_stderr",
+    "bits_per_byte", "train_loss", "model_bits", "energy_pj_per_token", "peak_lr", "batch_tokens",
+    "schedule", "warmup_tokens", "status", "wall_s", "device", "jax_version", "git_commit",
+]
+# fmt: on
+PROVENANCE = {"device": "1x cpu", "jax_version": "0.0", "git_commit": "abc"}
+
+
+@pytest.fixture
+def spec_of(tiny_config, tiny_corpus):
+    return lambda **overrides: resolve(tiny_config(overrides), tiny_corpus)
+
+
+def rows_of(spec, loss=3.0, status="ok"):
+    endpoint = {"loss": loss, "loss_stderr": 0.1, "bits_per_byte": 4.0, "train_loss": 2.5}
+    if status != "ok":
+        endpoint = dict.fromkeys(endpoint)
+    more = {"unique_tokens": 9, "status": status, "wall_s": 1.0}
+    return [endpoint_row(spec, {"end": end, **endpoint, **more}, PROVENANCE) for end in spec.ends]
+
+
+@pytest.fixture
+def sweep(tmp_path):
+    """Writes summaries of runs into a sweep's directory."""
+    folder = tmp_path / "mysweep"
+
+    def finish(spec, **kwargs):
+        run = folder / "runs" / spec.run_id
+        run.mkdir(parents=True)
+        write_json(run / "summary.json", {"endpoints": rows_of(spec, **kwargs)})
+
+    folder.mkdir()
+    finish.folder = folder
+    return finish
+
+
+def test_columns_of_the_contract(sweep, spec_of):
+    spec = spec_of(precision="ternary")
+    sweep(spec)
+    table = collect(sweep.folder)
+    assert [column for column in table if column in CONTRACT] == CONTRACT
+    row = table.iloc[1]
+    assert (row["sweep"], row["run_id"]) == ("mysweep", spec.run_id)
+    assert (row["precision"], row["seed"], row["tokens"]) == ("ternary", 0, 5120)
+    assert row["flops"] == 5120 * spec.flops_per_token
+    assert row["flops_6nd"] == 6 * row["params_non_embedding"] * 5120
+    assert row["params_non_embedding"] == row["params_total"] - 256 * 16
+    assert row["params_quantized"] == 2 * 256 + 2 * 128 + 3 * 512
+    floats = row["params_total"] - row["params_quantized"]
+    assert row["model_bits"] >= row["params_quantized"] * math.log2(3) + 16 * floats
+    assert (row["warmup_tokens"], row["schedule"]) == (256, "wsd")
+    assert (row["batch_tokens"], row["peak_lr"]) == (128, 0.01)
+
+
+def test_order_and_file(sweep, spec_of):
+    """By size, tokens, arm and seed; the file is the table that is returned, and alone."""
+    for size, precision, seed in (("56k", "fp16", 1), ("56k", "fp16", 0), ("56k", "ternary", 0)):
+        sweep(spec_of(**{"model.size": size, "precision": precision, "seed": seed}))
+    sweep(spec_of(**{"model.ff_width": 16}))
+    table = collect(sweep.folder)
+    assert len(table) == 8 and list(table.index) == list(range(8))
+    keys = list(zip(table["params_non_embedding"], table["tokens"], table["precision"],
+                    table["seed"], strict=True))  # fmt: skip
+    assert keys == sorted(keys) and len(set(keys)) == 8
+    pd.testing.assert_frame_equal(pd.read_parquet(sweep.folder / "endpoints.parquet"), table)
+    names = sorted(path.name for path in sweep.folder.iterdir())
+    assert names == ["endpoints.parquet", "runs"]
+
+
+def test_failed_and_diverged_runs_are_rows(sweep, spec_of):
+    """Never a missing row; losses are NaN in columns that stay numbers."""
+    diverged, failed = spec_of(seed=1), spec_of(seed=2)
+    sweep(diverged, status="diverged")
+    table = collect(sweep.folder, {failed.run_id: rows_of(failed, status="failed")})
+    assert list(table["status"]) == ["diverged", "failed"] * 2
+    assert table["loss"].dtype == "float64" and table["loss"].isna().all()
+    assert set(table["sweep"]) == {"mysweep"}
+    assert pd.read_parquet(sweep.folder / "endpoints.parquet")["loss"].dtype == "float64"
+
+
+def test_unfinished_runs_are_not_rows(sweep, spec_of):
+    sweep(spec_of())
+    unfinished = sweep.folder / "runs" / spec_of(seed=1).run_id
+    unfinished.mkdir()
+    (unfinished / "config.json").write_text("{}")
+    assert set(collect(sweep.folder)["seed"]) == {0}
+
+
+def test_only_the_runs_of_the_plan(sweep, spec_of):
+    """What an earlier config left in the same directory is not mixed in."""
+    old, new = spec_of(seed=1), spec_of(seed=2)
+    sweep(old)
+    sweep(new)
+    assert set(collect(sweep.folder, run_ids={new.run_id})["seed"]) == {2}
+    assert set(collect(sweep.folder)["seed"]) == {1, 2}
+
+
+def test_nothing_finished(sweep, capsys):
+    with pytest.raises(FileNotFoundError, match="no run has finished"):
+        collect(sweep.folder)
+    assert not (sweep.folder / "endpoints.parquet").exists()
+    assert main([str(sweep.folder)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+
+
+def test_command(sweep, spec_of, capsys):
+    sweep(spec_of())
+    assert main([str(sweep.folder)]) == 0
+    assert "endpoints.parquet: 2 endpoints" in capsys.readouterr().out
+    assert len(pd.read_parquet(sweep.folder / "endpoints.parquet")) == 2

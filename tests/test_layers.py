@@ -1,0 +1,96 @@
+"""BitLinear, RMSNorm and rotary positions."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax.layers import BitLinear, RMSNorm, rotary_angles, rotate
+from bitnet_jax.matmul import quantized_dot
+from bitnet_jax.precision import get_precision
+
+
+def gaussian(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+@pytest.mark.parametrize("arm", ["ternary", "fp16"])
+def test_bit_linear_is_the_quantized_product_of_a_float32_master(arm):
+    precision, x = get_precision(arm), gaussian(2, 5, 12)
+    layer = BitLinear(7, precision, jax.nn.initializers.normal())
+    params = jax.jit(layer.init)(jax.random.key(0), x)["params"]
+    assert {name: (p.shape, p.dtype) for name, p in params.items()} == {
+        "kernel": ((12, 7), jnp.float32)  # and no bias
+    }
+    y = jax.jit(layer.apply)({"params": params}, x)
+    product = jax.jit(quantized_dot, static_argnums=2)(x, params["kernel"], precision)
+    np.testing.assert_array_equal(y, product)
+
+
+@pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])
+def test_rms_norm_against_numpy(dtype):
+    """Computed in float32 whatever comes in: 300^2 alone would overflow float16."""
+    x, scale = (300 * gaussian(2, 3, 16)).astype(dtype), gaussian(16, seed=1)
+    y = jax.jit(RMSNorm(1e-2).apply)({"params": {"scale": scale}}, x)
+    wide = x.astype(np.float64)
+    expected = wide / np.sqrt((wide**2).mean(-1, keepdims=True) + 1e-2) * scale
+    assert y.dtype == jnp.float32
+    np.testing.assert_allclose(y, expected, rtol=1e-6)
+
+
+def test_rms_norm_epsilon_is_inside_the_root():
+    """Of a constant 3 with epsilon 7: 3 / sqrt(9 + 7). Zeros stay zeros, gradients finite."""
+    norm = RMSNorm(7.0)
+    params = norm.init(jax.random.key(0), np.zeros((1, 4), np.float32))
+    np.testing.assert_array_equal(params["params"]["scale"], np.ones(4))
+    np.testing.assert_allclose(norm.apply(params, np.full((1, 4), 3.0)), np.full((1, 4), 0.75))
+    gradient = jax.jit(jax.grad(lambda x: norm.apply(params, x).sum()))(jnp.zeros((1, 4)))
+    np.testing.assert_allclose(gradient, np.full((1, 4), 7**-0.5), rtol=1e-6)
+
+
+def test_rotary_angles_known_values():
+    """H = 4, theta = 100: frequencies 1 and 1/10 radians a position."""
+    cos, sin = rotary_angles(3, 4, 100.0)
+    angles = np.array([[0, 0], [1, 0.1], [2, 0.2]])
+    np.testing.assert_allclose(cos, np.cos(angles), rtol=1e-6)
+    np.testing.assert_allclose(sin, np.sin(angles), rtol=1e-6)
+    assert cos.dtype == sin.dtype == np.float32
+
+
+def test_rotate_is_llamas_half_split_formula():
+    """x cos + rotate_half(x) sin, with rotate_half([a, b]) = [-b, a] and angles repeated."""
+    x = gaussian(2, 9, 3, 8)
+    frequencies = 1 / 500.0 ** (np.arange(0, 8, 2) / 8)
+    angles = np.tile(np.arange(9)[:, None] * frequencies, 2)[None, :, None]
+    rotated_half = np.concatenate([-x[..., 4:], x[..., :4]], -1)
+    expected = x * np.cos(angles) + rotated_half * np.sin(angles)
+    np.testing.assert_allclose(rotate(x, rotary_angles(9, 8, 500.0)), expected, atol=1e-6)
+
+
+def test_rotation_keeps_norms_and_the_first_position():
+    x = gaussian(2, 9, 3, 8)
+    y = np.asarray(rotate(x, rotary_angles(9, 8, 500.0)))
+    np.testing.assert_array_equal(y[:, 0], x[:, 0])
+    norms = np.linalg.norm(x, axis=-1)
+    np.testing.assert_allclose(np.linalg.norm(y, axis=-1), norms, rtol=1e-6)
+    assert (np.abs(y[:, 1:] - x[:, 1:]).max(-1) > 1e-2).all()
+
+
+def test_scores_depend_on_relative_positions_alone():
+    """The same q and k at every position: q_i . k_j is constant along diagonals, not across."""
+    q, k = (np.tile(gaussian(1, 1, 1, 16, seed=s), (1, 12, 1, 1)) for s in (1, 2))
+    angles = rotary_angles(12, 16, 500.0)
+    q, k = (np.asarray(rotate(a, angles), np.float64)[0, :, 0] for a in (q, k))
+    scores = q @ k.T
+    for offset in range(-11, 12):
+        diagonal = np.diagonal(scores, offset)
+        np.testing.assert_allclose(diagonal, np.full_like(diagonal, diagonal[0]), atol=1e-5)
+    assert np.ptp(scores[0]) > 0.1 and abs(scores[0, 3] - scores[3, 0]) > 1e-2
+
+
+def test_rotate_computes_in_float32_and_keeps_the_dtype():
+    x = jnp.asarray(gaussian(1, 5, 2, 8), jnp.bfloat16)
+    angles = rotary_angles(5, 8, 500.0)
+    y = rotate(x, angles)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(y, rotate(x.astype(jnp.float32), angles).astype(jnp.bfloat16))

@@ -1,0 +1,113 @@
+"""From config and sweep to runs, all checked and nothing written."""
+
+import json
+
+import pytest
+
+from bitnet_jax.errors import ConfigError
+from experiments.plan import first_line, load_config, load_sweep, make_plan
+from sweeps.grid import axis, product
+
+
+@pytest.fixture
+def plan_of(tiny_config, tiny_corpus, tmp_path):
+    def make(points, overrides=None, overridden=()):
+        return make_plan(tiny_config(overrides), points, tiny_corpus, tmp_path / "w", overridden)
+
+    return make
+
+
+def test_points_become_runs(plan_of, tmp_path):
+    points = product(axis("precision", ["ternary", "fp16"]), axis("seed", [0, 3]))
+    plan = plan_of(points)
+    assert (plan.name, plan.directory) == ("tiny", tmp_path / "w" / "tiny")
+    found = [(run.spec.step.precision.name, run.spec.seed_init) for run in plan.runs]
+    assert found == [("ternary", 0), ("ternary", 3), ("fp16", 0), ("fp16", 3)]
+    for run in plan.runs:
+        assert run.directory == plan.directory / "runs" / run.spec.run_id
+        assert run.config.precision == run.spec.step.precision.name
+        assert run.config.seed == run.spec.seed_init, "a point does not leak into the next"
+    assert not (tmp_path / "w").exists()
+
+
+def test_points_may_set_tuples_and_placeholders(plan_of):
+    plan = plan_of([{"train.tokens": (1280, 2560, 3840), "model.layers": 2, "optim.peak_lr": 1.0}])
+    spec = plan.runs[0].spec
+    assert spec.ends == (10, 20, 30) and spec.step.model.layers == 2 and spec.peak_lr == 1.0
+
+
+def test_states(plan_of):
+    """A run is new until it has left its config, and done once it has left its summary."""
+    (run,) = plan_of([{}]).runs
+    assert (run.state, run.started, run.finished) == ("new", False, False)
+    run.directory.mkdir(parents=True)
+    assert run.state == "new"
+    (run.directory / "config.json").write_text("{}")
+    assert run.state == "resume"
+    (run.directory / "summary.json").write_text("{}")
+    assert run.state == "done"
+
+
+@pytest.mark.parametrize(
+    ("points", "key", "right"),
+    [
+        ([], "sweep='tiny'", "no points"),
+        ([{"seed": 1}, {"seed": 1}], "sweep='tiny'", "occurs twice"),
+        ([{"seed": 0}, {"log.every": 3}], "sweep='tiny'", "occurs twice"),
+        ([{"seed": 1, "optim.peak_lr": 1.0}], "optim.peak_lr=0.01", "change the axis"),
+        ([{"optim.rate": 1.0}], "optim.rate=1.0", "unknown key"),
+        ([{"rate": 1.0}], "rate=1.0", "unknown key"),
+        ([{"optm.b1": 1.0}], "optm.b1=1.0", "unknown key"),
+        ([{"model.layers": "two"}], "model.layers='two'", "int"),
+        ([{"precision": "fp17"}], "precision='fp17'", "choose from"),
+        ([{}, {"model.width": 15}], "model.width=15", "divide by"),
+        ([{"log.every": 0}], "log.every=0", "at least 1"),
+    ],
+    ids=str,
+)
+def test_mistakes(plan_of, tmp_path, points, key, right):
+    with pytest.raises(ConfigError) as error:
+        plan_of(points, overridden=["optim.peak_lr"])
+    message = str(error.value)
+    assert message.startswith(key) and right in message and "\n" not in message
+    assert not (tmp_path / "w").exists()
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "../up", "a/b", "/tmp", ".hidden"])
+def test_name_stays_within_the_workdir(plan_of, name):
+    with pytest.raises(ConfigError, match="plain folder name") as error:
+        plan_of([{}], {"name": name})
+    assert str(error.value).startswith(f"name={name!r}")
+
+
+def test_a_key_set_by_the_command_line_alone_is_kept(plan_of):
+    points = axis("precision", ["ternary", "fp16"])
+    plan = plan_of(points, {"optim.peak_lr": 0.5}, overridden=["optim.peak_lr"])
+    assert [run.spec.peak_lr for run in plan.runs] == [0.5, 0.5]
+
+
+def test_load_config(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def get_config(arg='none'):\n    return {'arg': arg}\n")
+    assert load_config(str(file)) == {"arg": "none"}
+    assert load_config(f"{file}:size=3") == {"arg": "size=3"}
+    with pytest.raises(ConfigError, match="declares no sweep"):
+        load_sweep(str(file))
+    file.write_text("def sweep(config):\n    return [config]\n")
+    assert load_sweep(str(file))(7) == [7]
+    with pytest.raises(ConfigError, match=r"no get_config\(\)"):
+        load_config(str(file))
+
+
+@pytest.mark.parametrize("name", ["missing.py", ".", "notes.txt", ""])
+def test_load_config_of_no_config_file(tmp_path, name):
+    (tmp_path / "notes.txt").write_text(json.dumps({}))
+    with pytest.raises(ConfigError, match="no such config file"):
+        load_config(str(tmp_path / name))
+
+
+def test_first_line():
+    assert first_line(ValueError("one\ntwo")) == "one"
+    assert first_line(ValueError()) == "ValueError"
+    assert first_line(KeyError("key")) == "key"
+    assert first_line(RuntimeError("\n  inner\nmore")) == "inner"

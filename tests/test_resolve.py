@@ -1,0 +1,156 @@
+"""From config to run: what is derived, and the one line that each mistake gets."""
+
+import dataclasses
+import re
+
+import pytest
+
+from bitnet_jax.configs import default
+from bitnet_jax.configs.resolve import SHAPE_KEYS, loop_options, resolve
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.optim import tuned_peak_lr
+from bitnet_jax.precision import PRECISIONS, get_precision
+
+INF, NAN = float("inf"), float("nan")
+
+# Overrides, the key that the message names, and a part of what it says would be right.
+BAD = [
+    ({"precision": "fp17"}, "precision='fp17'", "choose from ternary, fp16, bf16, fp32"),
+    ({"matmul.carrier": "int4"}, "matmul.carrier='int4'", "bfloat16, int8"),
+    ({"model.size": "5k"}, "model.size='5k'", "choose from 27k"),
+    ({"model.width": 18, "model.heads": 4}, "model.width=18", "divide by model.heads=4"),
+    ({"model.width": 6}, "model.width=6", "must be even"),
+    ({"model.heads": 4, "model.kv_heads": 3}, "model.kv_heads=3", "divide model.heads=4"),
+    ({"model.kv_heads": 4}, "model.kv_heads=4", "divide model.heads=2"),
+    *(({f"model.{k}": 0}, f"model.{k}=0", "at least 1") for k in ("layers", "width", "ff_width")),
+    *(({f"model.{k}": 0}, f"model.{k}=0", "at least 1") for k in ("heads", "kv_heads")),
+    ({"model.layers": -1}, "model.layers=-1", "at least 1"),
+    ({"model.activation": "tanh"}, "model.activation='tanh'", "relu2, silu"),
+    ({"model.norm_epsilon": 0.0}, "model.norm_epsilon=0.0", "positive"),
+    ({"model.rope_theta": 1.0}, "model.rope_theta=1.0", "above 1"),
+    ({"data.sequence_length": 1}, "data.sequence_length=1", "at least 2"),
+    ({"data.sequence_length": 30_000, "train.batch_tokens": 30_000, "train.tokens": (60_000,)},
+     "data.sequence_length=30000", "train split of corpus has only"),
+    ({"data.sequence_length": 4096, "train.batch_tokens": 4096, "train.tokens": (8192,)},
+     "data.sequence_length=4096", "valid split of corpus has only"),
+    ({"train.batch_tokens": 100}, "train.batch_tokens=100", "multiple of data.sequence_length=16"),
+    ({"train.batch_tokens": 0}, "train.batch_tokens=0", "multiple of data.sequence_length=16"),
+    ({"train.microbatches": 3}, "train.microbatches=3", "divide the batch of 8 sequences"),
+    ({"train.microbatches": 0}, "train.microbatches=0", "divide the batch of 8 sequences"),
+    ({"train.tokens": ()}, "train.tokens=()", "positive whole numbers"),
+    ({"train.tokens": (0, 2560)}, "train.tokens=(0, 2560)", "positive whole numbers"),
+    ({"train.tokens": (-5,)}, "train.tokens=(-5,)", "positive whole numbers"),
+    ({"train.tokens": (1.5,)}, "train.tokens=(1.5,)", "positive whole numbers"),
+    ({"train.tokens": (INF,)}, "train.tokens=(inf,)", "positive whole numbers"),
+    ({"train.tokens": (NAN,)}, "train.tokens=(nan,)", "positive whole numbers"),
+    ({"train.tokens": ("2560",)}, "train.tokens=('2560',)", "positive whole numbers"),
+    ({"train.tokens": (5120, 2560)}, "train.tokens=(5120, 2560)", "increasing"),
+    ({"train.tokens": (2560, 2560)}, "train.tokens=(2560, 2560)", "increasing"),
+    ({"train.tokens": (2560, 2570)}, "train.tokens=(2560, 2570)", "further batch of 128"),
+    ({"train.tokens": (50,)}, "train.tokens=(50,)", "further batch of 128"),
+    ({"schedule.name": "linear"}, "schedule.name='linear'", "wsd, cosine, two_stage"),
+    ({"schedule.name": "cosine"}, "train.tokens=(2560, 5120)", "one budget"),
+    ({"schedule.name": "two_stage"}, "train.tokens=(2560, 5120)", "one budget"),
+    ({"schedule.warmup_fraction": 1.0}, "schedule.warmup_fraction=1.0", "[0, 1)"),
+    ({"schedule.warmup_fraction": -0.1}, "schedule.warmup_fraction=-0.1", "[0, 1)"),
+    ({"schedule.warmup_fraction": 0.9}, "schedule.warmup_fraction=0.9", "before the first decay"),
+    ({"schedule.decay_fraction": 0.0}, "schedule.decay_fraction=0.0", "(0, 1]"),
+    ({"schedule.decay_fraction": 1.1}, "schedule.decay_fraction=1.1", "(0, 1]"),
+    ({"schedule.final_ratio": -1.0}, "schedule.final_ratio=-1.0", "[0, 1]"),
+    ({"schedule.final_ratio": 2.0}, "schedule.final_ratio=2.0", "[0, 1]"),
+    ({"optim.name": "sgd"}, "optim.name='sgd'", "adamw"),
+    ({"optim.b1": 1.0}, "optim.b1=1.0", "[0, 1)"),
+    ({"optim.b2": -0.5}, "optim.b2=-0.5", "[0, 1)"),
+    *(({f"optim.{k}": v}, f"optim.{k}={v}", "positive")
+      for k in ("peak_lr", "epsilon", "clip_norm") for v in (0.0, -1.0, NAN)),
+    *(({key: v}, f"{key}={v}", "must not be negative")
+      for key in ("optim.weight_decay", "loss.z_loss") for v in (-0.1, NAN)),
+    ({"seed": -1}, "seeds.init=-1", "[0, 2^31)"),
+    ({"seeds.data": 2**31}, f"seeds.data={2**31}", "[0, 2^31)"),
+    ({"eval.tokens": 5}, "eval.tokens=5", "at least data.sequence_length=16"),
+    ({"eval.tokens": -16}, "eval.tokens=-16", "at least data.sequence_length=16"),
+    ({"log.every": 0}, "log.every=0", "at least 1"),
+    ({"eval.every": -1}, "eval.every=-1", "must not be negative"),
+    ({"checkpoint.seconds": -1.0}, "checkpoint.seconds=-1.0", "must not be negative"),
+    ({"tracking.wandb": "yes"}, "tracking.wandb='yes'", "online, offline, disabled"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("overrides", "key", "right"), BAD, ids=lambda value: str(value)[:60])
+def test_mistakes(tiny_config, tiny_corpus, overrides, key, right):
+    config = tiny_config(overrides)
+    with pytest.raises(ConfigError) as error:
+        resolve(config, tiny_corpus)
+        loop_options(config)
+    message = str(error.value)
+    assert message.startswith(key) and right in message[len(key) :]
+    assert "\n" not in message and len(message) < 300
+
+
+@pytest.mark.parametrize("split", ["train", "valid"])
+def test_a_split_shorter_than_a_row(tiny_config, tiny_corpus, split):
+    """A row of T inputs takes T + 1 tokens: 16 are too few, 17 are enough."""
+    tokens = getattr(tiny_corpus, split)
+    for size, enough in ((0, False), (16, False), (17, True)):
+        corpus = dataclasses.replace(tiny_corpus, **{split: tokens[:size]})
+        if enough:
+            resolve(tiny_config(), corpus)
+            continue
+        with pytest.raises(ConfigError, match=f"{split} split of corpus has only {size} tokens"):
+            resolve(tiny_config(), corpus)
+
+
+def test_defaults_resolve(tiny_corpus):
+    """The default config is a run, of the shape that its comments say."""
+    config = default.get_config()
+    spec = resolve(config, tiny_corpus)
+    loop_options(config)
+    assert (spec.size, spec.step.precision.name) == ("330k", "ternary")
+    assert (spec.step.model.layers, spec.step.model.width) == (3, 96)
+    assert spec.step.model.vocab_size == tiny_corpus.vocab_size
+    assert spec.ends == (round(1_000_000 / config.train.batch_tokens),)
+
+
+def test_every_default_is_explained():
+    """Every key of the default config has a comment on its own line, the next, or its group's."""
+    lines = open(default.__file__).read().splitlines()
+    keys = [line for line in lines if re.match(r"    c\.[\w.]+ = ", line)]
+    bare = [k for k in keys if "#" not in k and "ConfigDict()" not in k and not k.endswith("(")]
+    shape = [f"c.model.{key}" for key in SHAPE_KEYS]  # "the five below"
+    grouped = ["c.optim.name", "c.optim.b1", "c.optim.b2", "c.optim.epsilon", *shape]
+    assert [k for k in bare if k.split()[0] not in grouped] == []
+    assert len(keys) > 40
+
+
+def test_derived_values(tiny_config, tiny_corpus):
+    spec = resolve(tiny_config({"optim.peak_lr": None, "seed": 4, "seeds.data": 9}), tiny_corpus)
+    assert (spec.seed_init, spec.seed_data) == (4, 9)
+    # Width 16, 2 heads and 1 key-value head of 8: q and out 16x16, k and v 16x8; three of 16x32;
+    # norms of 16, 16, 16, 32 and the last of 16.
+    parameters = 2 * 256 + 2 * 128 + 3 * 512 + 4 * 16 + 32
+    assert spec.peak_lr == tuned_peak_lr(PRECISIONS["fp32"], parameters)
+    assert spec.batch_size == 8 and spec.ends == (20, 40)
+    assert spec.schedule.warmup_steps == 2, "a tenth of the smallest budget"
+    ternary = resolve(tiny_config({"optim.peak_lr": None, "precision": "ternary"}), tiny_corpus)
+    assert ternary.peak_lr == tuned_peak_lr(get_precision("ternary"), parameters)
+    assert ternary.peak_lr > spec.peak_lr
+
+
+def test_overrides_of_the_shape(tiny_config, tiny_corpus):
+    model = resolve(tiny_config(), tiny_corpus).step.model
+    assert (model.layers, model.width, model.ff_width) == (1, 16, 32)
+    assert (model.heads, model.kv_heads, model.vocab_size) == (2, 1, 256)
+    other = tiny_config({"model.activation": "silu", "model.sub_norms": False})
+    model = resolve(other, tiny_corpus).step.model
+    assert (model.activation, model.sub_norms) == ("silu", False)
+
+
+def test_budgets_round_to_whole_batches(tiny_config, tiny_corpus):
+    assert resolve(tiny_config({"train.tokens": (2500, 1e4)}), tiny_corpus).ends == (20, 78)
+
+
+def test_loop_options(tiny_config):
+    overrides = {"eval.every": 3, "checkpoint.seconds": 0.0, "tracking.wandb": "offline"}
+    options = loop_options(tiny_config(overrides))
+    assert (options.log_every, options.eval_every, options.checkpoint_seconds) == (7, 3, 0.0)
+    assert (options.wandb_mode, options.wandb_project) == ("offline", "bitnet_jax")

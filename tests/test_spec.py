@@ -1,0 +1,171 @@
+"""A run's identity: what can change a result is in it, and nothing else."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.configs.resolve import resolve
+
+SAME = [
+    {"log.every": 3},
+    {"eval.every": 5},
+    {"checkpoint.seconds": 0.5},
+    {"tracking.wandb": "online"},
+    {"tracking.project": "other"},
+    {"name": "other"},
+    {"seeds.init": 0},  # what it is without being said
+    {"seeds.init": 0, "seeds.data": 0, "seed": 7},
+    {"train.tokens": (2600, 5100)},  # the same whole batches
+    {"matmul.carrier": "int8"},  # equal to bfloat16's, bit for bit: test_train
+    {"sweep.anything": 3},
+]
+DIFFERENT = [
+    {"seed": 1},
+    {"seeds.init": 1},
+    {"seeds.data": 1},
+    {"precision": "ternary"},
+    {"model.size": "56k"},
+    {"model.layers": 2},
+    {"model.width": 32},
+    {"model.ff_width": 64},
+    {"model.kv_heads": 2},
+    {"model.activation": "silu"},
+    {"model.sub_norms": False},
+    {"model.tied_embeddings": False},
+    {"model.rope_theta": 10_000.0},
+    {"model.norm_epsilon": 1e-6},
+    {"model.remat": True},
+    {"data.sequence_length": 32},
+    {"train.tokens": (2560,)},
+    {"train.tokens": (2560, 6400)},
+    {"train.batch_tokens": 256},
+    {"train.microbatches": 2},
+    {"schedule.name": "cosine", "train.tokens": (5120,)},
+    {"schedule.warmup_fraction": 0.2},
+    {"schedule.decay_fraction": 0.3},
+    {"schedule.final_ratio": 0.1},
+    {"optim.peak_lr": 0.010001},
+    {"optim.weight_decay": 0.0},
+    {"optim.b1": 0.8},
+    {"optim.b2": 0.9},
+    {"optim.epsilon": 1e-6},
+    {"optim.clip_norm": 2.0},
+    {"loss.z_loss": 1e-4},
+    {"eval.tokens": 0},
+]
+
+
+@pytest.fixture(scope="module")
+def spec_of(tiny_config, tiny_corpus):
+    def make(overrides=None, corpus=tiny_corpus):
+        config = tiny_config()
+        if overrides and "sweep.anything" in overrides:
+            config.sweep.anything = overrides["sweep.anything"]
+        else:
+            config = tiny_config(overrides)
+        return resolve(config, corpus)
+
+    return make
+
+
+@pytest.mark.parametrize("overrides", SAME, ids=str)
+def test_same_run(spec_of, overrides):
+    assert spec_of(overrides).run_id == spec_of().run_id
+
+
+@pytest.mark.parametrize("overrides", DIFFERENT, ids=str)
+def test_another_run(spec_of, overrides):
+    assert spec_of(overrides).run_id != spec_of().run_id
+
+
+def test_every_difference_is_a_different_one(spec_of):
+    ids = {spec_of(overrides).run_id for overrides in DIFFERENT}
+    assert len(ids) == len(DIFFERENT)
+
+
+def test_every_key_is_accounted_for(tiny_config):
+    """A new key must be listed above, as one that changes a run or one that does not."""
+    listed = {key for overrides in SAME + DIFFERENT for key in overrides}
+    elsewhere = {
+        "data.source",  # by the tokens' hash: test_data_by_content
+        "model.heads",  # with a size of its own
+        "optim.name",  # there is one
+    }
+    keys = set(flatten(tiny_config().to_dict()))
+    assert keys - listed - elsewhere == set()
+
+
+def flatten(tree, prefix=""):
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key
+
+
+def test_data_by_content_not_by_path(spec_of, tiny_corpus, tmp_path):
+    moved = dataclasses.replace(tiny_corpus, path=tmp_path)
+    assert spec_of(corpus=moved).run_id == spec_of().run_id
+    for split in ("train", "valid"):
+        splits = dict(tiny_corpus.manifest["splits"])
+        splits[split] = {**splits[split], "sha256": "0" * 64}
+        other = dataclasses.replace(
+            tiny_corpus, manifest={**tiny_corpus.manifest, "splits": splits}
+        )
+        assert spec_of(corpus=other).run_id != spec_of().run_id
+
+
+def test_run_id_is_readable_and_a_file_name(spec_of):
+    run_id = spec_of({"precision": "fp16", "seeds.init": 3}).run_id
+    assert run_id.startswith("27k-layers1-width16-ff_width32-heads2-kv_heads1-fp16-s3-")
+    digest = run_id.rsplit("-", 1)[1]
+    assert len(digest) == 10 and int(digest, 16) >= 0
+    assert Path(run_id).name == run_id
+
+
+def test_identity_is_json_and_complete(spec_of):
+    identity = spec_of().identity()
+    assert json.loads(json.dumps(identity, allow_nan=False)) == identity
+    assert identity["step"]["precision"]["compute_dtype"] == "float32"
+    assert identity["ends"] == [20, 40] and identity["peak_lr"] == 0.01
+    assert identity["data"]["name"] == "corpus" and len(identity["data"]["sha256"]) == 64
+    assert "path" not in json.dumps(identity)
+
+
+SCRIPT = """
+import json, sys
+from bitnet_jax.configs import default
+from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.data import load
+overrides = json.loads(sys.argv[1])
+config = default.get_config()
+config.update_from_flattened_dict({**overrides, "train.tokens": tuple(overrides["train.tokens"])})
+print(resolve(config, load(config.data.source)).run_id)
+"""
+
+
+def test_run_id_is_the_same_in_another_process(spec_of, tiny_overrides):
+    """Whatever Python's hash seed."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(tiny_overrides)],
+        cwd=Path(__file__).parent.parent,
+        env={**os.environ, "PYTHONHASHSEED": "123"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip() == spec_of().run_id
+
+
+def test_costs(spec_of):
+    spec = spec_of()
+    assert spec.batch_tokens == 128
+    assert sum(s.steps for s in spec.segments) == 44
+    assert spec.total_flops == 44 * 128 * spec.flops_per_token
+    alone = spec_of({"train.tokens": (5120,)})
+    assert alone.total_flops == 40 * 128 * spec.flops_per_token

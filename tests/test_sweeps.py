@@ -1,0 +1,179 @@
+"""Combinators of sweeps, and every sweep file of the project against the tiny corpus."""
+
+from pathlib import Path
+
+import pytest
+
+from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.errors import ConfigError
+from experiments.plan import load_config, load_sweep, make_plan
+from sweeps import isoflop
+from sweeps.grid import axis, chain, parse_arg, product, zipit
+
+FOLDER = Path(isoflop.__file__).parent
+FILES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "__init__.py", FOLDER / "grid.py"})
+
+
+def test_axis():
+    assert axis("seed", (0, 1)) == [{"seed": 0}, {"seed": 1}]
+    assert axis("train.tokens", [(1, 2)]) == [{"train.tokens": (1, 2)}]
+
+
+def test_product_varies_the_last_fastest():
+    points = product(axis("a", [1, 2]), axis("b", "xy"), axis("c", [0]))
+    assert [(p["a"], p["b"], p["c"]) for p in points] == [
+        (1, "x", 0), (1, "y", 0), (2, "x", 0), (2, "y", 0),
+    ]  # fmt: skip
+    assert product() == [{}]
+    assert product(axis("a", [1]), []) == []
+
+
+def test_zipit_goes_side_by_side():
+    assert zipit(axis("a", [1, 2]), axis("b", [3, 4])) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    with pytest.raises(ConfigError, match="2 of a, 1 of b"):
+        zipit(axis("a", [1, 2]), axis("b", [3]))
+
+
+def test_chain_goes_one_after_the_other():
+    assert chain(axis("a", [2]), axis("b", [3]), axis("a", [1])) == [{"a": 2}, {"b": 3}, {"a": 1}]
+
+
+@pytest.mark.parametrize("combine", [product, zipit])
+def test_clashes_are_named(combine):
+    with pytest.raises(ConfigError, match="set a, c"):
+        combine([{"a": 1, "b": 2, "c": 1}], [{"c": 3, "a": 1}])
+
+
+def test_combinators_leave_their_arguments_alone():
+    first, second = axis("a", [1, 2]), axis("b", [3])
+    product(first, second)[0]["a"] = 9
+    assert (first, second) == (axis("a", [1, 2]), axis("b", [3]))
+
+
+def test_parse_arg():
+    assert parse_arg(None, size="1m", n="2") == {"size": "1m", "n": "2"}
+    assert parse_arg("", size="1m") == {"size": "1m"}
+    assert parse_arg("n=3,size=a=b", size="1m", n="2") == {"size": "a=b", "n": "3"}
+    for bad in ("sizes=3", "800k", "=3"):
+        with pytest.raises(ConfigError, match=r"takes size=, n=") as error:
+            parse_arg(bad, size="1m", n="2")
+        assert repr(bad) in str(error.value)
+
+
+def test_no_defaults_are_changed():
+    """`get_config` gives a fresh config each time: overrides do not leak into the next sweep."""
+    for file in FILES:
+        load_config(str(file)).model.size = "27k"
+        assert load_config(str(file)).sweep != {}, file
+
+
+@pytest.fixture(params=FILES, ids=lambda file: file.stem)
+def planned(request, tiny_corpus, tmp_path):
+    path = str(request.param)
+    config = load_config(path)
+    return config, make_plan(config, load_sweep(path)(config), tiny_corpus, tmp_path)
+
+
+def test_every_sweep_is_a_plan(planned, tmp_path):
+    """All points resolve, no two are the same run, and nothing is written."""
+    config, plan = planned
+    ids = [run.spec.run_id for run in plan.runs]
+    assert len(set(ids)) == len(ids) >= 8
+    assert {run.spec.step.precision.name for run in plan.runs} == {"ternary", "fp16"}
+    assert plan.name == config.name and plan.directory == tmp_path / config.name
+    assert not list(tmp_path.iterdir())
+
+
+def test_arms_are_paired(planned):
+    """Each ternary run has an fp16 twin that differs in the arm and its learning rate alone."""
+    _, plan = planned
+
+    def twin(spec):
+        same = spec.step.model, spec.ends, spec.batch_size, spec.schedule
+        return (*same, spec.seed_init, spec.seed_data, spec.weight_decay, spec.step.optimizer)
+
+    arms = {
+        name: sorted(
+            repr(twin(run.spec)) for run in plan.runs if run.spec.step.precision.name == name
+        )
+        for name in ("ternary", "fp16")
+    }
+    assert arms["ternary"] == arms["fp16"]
+
+
+def plan_of(name, corpus, workdir, arg=""):
+    path = str(FOLDER / f"{name}.py")
+    config = load_config(f"{path}:{arg}" if arg else path)
+    return config, make_plan(config, load_sweep(path)(config), corpus, workdir)
+
+
+def test_quickstart_is_large_enough(tiny_corpus, tmp_path):
+    """At least 4 sizes x 2 budgets x both arms, on WikiText-2."""
+    config, plan = plan_of("quickstart", tiny_corpus, tmp_path)
+    assert config.data.source == "wikitext-2"
+    assert len({run.spec.step.model for run in plan.runs}) >= 4
+    points = {
+        (run.spec.size, end, run.spec.step.precision.name)
+        for run in plan.runs
+        for end in run.spec.ends
+    }
+    for arm in ("ternary", "fp16"):
+        sizes = {size for size, _, name in points if name == arm}
+        assert sizes == set(config.sweep.sizes)
+        assert len(sizes) >= 4
+        for size in sizes:
+            assert sum(p[0] == size and p[2] == arm for p in points) >= 2
+
+
+@pytest.mark.parametrize("size", ["800k", "330k", "160k", "60m"])
+def test_isoflop_budgets_are_equal_in_compute(tiny_corpus, tmp_path, size):
+    """Each size spends each budget to within half a batch of its own tokens, and one to spare."""
+    config, plan = plan_of("isoflop", tiny_corpus, tmp_path, f"size={size}")
+    sizes = config.sweep.sizes
+    assert sizes[-1] == size and len(sizes) == (4 if size == "160k" else 5)
+    runs = [run.spec for run in plan.runs if run.spec.step.precision.name == "fp16"]
+    assert [spec.size for spec in runs] == list(sizes)
+    assert len({spec.step.model for spec in runs}) == len(sizes)
+    middle = runs[len(runs) // 2]
+    for i, multiple in enumerate(config.sweep.budgets):
+        spent = [spec.ends[i] * spec.batch_tokens * spec.flops_per_token for spec in runs]
+        goal = spent[len(runs) // 2]
+        for flops, spec in zip(spent, runs, strict=True):
+            batch = spec.batch_tokens * spec.flops_per_token
+            slack = (batch + middle.batch_tokens * middle.flops_per_token) / 2
+            assert abs(flops - goal) <= slack
+        parameters = {"800k": 160e3, "330k": 95e3, "160k": 95e3, "60m": 6.8e6}[size]
+        tokens = middle.ends[i] * middle.batch_tokens
+        assert tokens / (20 * parameters) == pytest.approx(multiple, rel=0.1)
+
+
+def test_isoflop_sizes_that_cannot_be():
+    for arg, right in (("27k", "needs four sizes; take 160k"), ("5k", "choose from 27k")):
+        with pytest.raises(ConfigError, match=right):
+            isoflop.get_config(f"size={arg}")
+
+
+def test_learning_rates_bracket_the_default(tiny_corpus, tmp_path):
+    """Each arm's own default lies inside the grid at each size, not at its edge."""
+    config, plan = plan_of("learning_rate", tiny_corpus, tmp_path)
+    for size in config.sweep.sizes:
+        for arm in ("ternary", "fp16"):
+            rates = [
+                run.spec.peak_lr
+                for run in plan.runs
+                if (run.spec.size, run.spec.step.precision.name) == (size, arm)
+            ]
+            assert sorted(rates) == sorted(set(rates)) and len(rates) >= 5
+            default = load_config(str(FOLDER / "quickstart.py"))
+            default.update_from_flattened_dict({"model.size": size, "precision": arm})
+            peak = resolve(default, tiny_corpus).peak_lr
+            assert sorted(rates)[0] < peak < sorted(rates)[-1]
+
+
+def test_seeds_differ_in_nothing_else(tiny_corpus, tmp_path):
+    _, plan = plan_of("seeds", tiny_corpus, tmp_path)
+    for arm in ("ternary", "fp16"):
+        specs = [run.spec for run in plan.runs if run.spec.step.precision.name == arm]
+        assert len({spec.seed_init for spec in specs}) == len(specs) >= 5
+        assert all(spec.seed_init == spec.seed_data for spec in specs)
+        assert len({(spec.step, spec.ends, spec.peak_lr) for spec in specs}) == 1

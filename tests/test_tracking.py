@@ -1,0 +1,144 @@
+"""Files of a run: whole or not at all, cut back on resumption; and where results come from."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import jax
+import pytest
+
+from bitnet_jax import tracking
+from bitnet_jax.tracking import MetricsLog, Wandb, git_commit, provenance, write_json
+
+
+@pytest.mark.parametrize(
+    "bad", [{"loss": float("nan")}, {"a": [1, float("inf")]}, {"a": 1, "b": object()}]
+)
+def test_failed_write_leaves_the_old_file(tmp_path, bad):
+    path = tmp_path / "summary.json"
+    write_json(path, {"old": True})
+    with pytest.raises((TypeError, ValueError)):
+        write_json(path, bad)
+    assert json.loads(path.read_text()) == {"old": True}
+
+
+def test_nothing_is_seen_before_the_file_is_whole(tmp_path, monkeypatch):
+    """A crash at the latest moment, just before the rename."""
+    path = tmp_path / "summary.json"
+
+    def crash(self, target):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", crash)
+        with pytest.raises(KeyboardInterrupt):
+            write_json(path, {"a": 1})
+        assert not path.exists()
+    write_json(path, {"a": 2})
+    assert json.loads(path.read_text()) == {"a": 2}
+    assert path.read_text().endswith("\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
+
+
+def test_write_json_replaces(tmp_path):
+    path = tmp_path / "config.json"
+    write_json(path, {"long": "x" * 1000})
+    write_json(path, {})
+    assert json.loads(path.read_text()) == {}
+
+
+def test_metrics_log_is_cut_back_to_what_was_known(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    log = MetricsLog(path)
+    assert log.bytes == 0
+    log.write({"step": 1, "loss": 0.1})
+    known = log.bytes
+    assert known == path.stat().st_size, "a line is in the file as soon as it is written"
+    log.write({"step": 2, "loss": None})
+    log.close()
+    with open(path, "a") as file:
+        file.write('{"step": 3, "lo')
+    log = MetricsLog(path, keep=known)
+    assert log.bytes == known
+    log.write({"step": 2, "loss": 0.3})
+    log.close()
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.3}]
+
+
+def test_metrics_log_takes_only_json(tmp_path):
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.raises(ValueError):
+        log.write({"loss": float("nan")})
+    assert log.bytes == 0
+    log.close()
+
+
+def test_provenance():
+    origin = provenance()
+    assert origin.keys() == {"git_commit", "jax_version", "python_version", "device"}
+    assert origin["jax_version"] == jax.__version__
+    assert origin["device"].startswith(f"{jax.device_count()}x ")
+    assert all(isinstance(value, str) and value for value in origin.values())
+
+
+def test_git_commit_says_when_files_differ(tmp_path, monkeypatch):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True)
+
+    monkeypatch.setattr(tracking, "__file__", str(tmp_path / "tracking.py"))
+    assert git_commit() == "unknown"
+    (tmp_path / "tracking.py").write_text("1")
+    git("init", "--quiet")
+    git("add", "tracking.py")
+    git("commit", "--quiet", "--message=first")
+    clean = git_commit()
+    assert len(clean) == 12 and int(clean, 16) >= 0
+    (tmp_path / "new.txt").write_text("a result, not a change of the code")
+    assert git_commit() == clean
+    (tmp_path / "tracking.py").write_text("2")
+    assert git_commit() == f"{clean}-dirty"
+
+
+def test_wandb_mode_comes_from_the_config_then_the_environment(tmp_path, monkeypatch):
+    import wandb
+
+    asked = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings["mode"]))
+    monkeypatch.setenv("WANDB_MODE", "online")
+    for mode in ("offline", None, "disabled"):
+        Wandb(mode, "project", "id", tmp_path, {})
+    monkeypatch.setenv("WANDB_MODE", "disabled")
+    Wandb(None, "project", "id", tmp_path, {})
+    monkeypatch.delenv("WANDB_MODE")
+    Wandb(None, "project", "id", tmp_path, {}).log({"loss": 1.0}, 1)
+    assert asked == ["offline", "online", "offline"]
+
+
+@pytest.mark.parametrize("broken", ["init", "log", "finish"])
+def test_broken_wandb_warns_once_and_is_left_alone(tmp_path, monkeypatch, capsys, broken):
+    import wandb
+
+    class Run:
+        def log(self, metrics, step):
+            fail("log")
+
+        def finish(self):
+            fail("finish")
+
+    def fail(where):
+        if where == broken:
+            raise RuntimeError("no disk\nlong story")
+
+    def init(**settings):
+        fail("init")
+        return Run()
+
+    monkeypatch.setattr(wandb, "init", init)
+    tracker = Wandb("offline", "project", "id", tmp_path, {})
+    tracker.log({"loss": 1.0}, 1)
+    tracker.log({"loss": 1.0}, 2)
+    tracker.close()
+    error = capsys.readouterr().err
+    assert error == "warning: Weights & Biases is off for this run: no disk\n"

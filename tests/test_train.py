@@ -1,0 +1,487 @@
+"""Whole runs: resumption to the bit, endpoints of one trunk, divergence, and what is written."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from bitnet_jax import train as module
+from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.data import train_batches
+from bitnet_jax.train import SKIPS_TO_DIVERGE, Interrupted, train_and_evaluate
+from bitnet_jax.train_step import compiled_eval_step, compiled_init, compiled_train_step
+
+# The tiny run: trunk [0, 16), decay [16, 20), trunk [16, 32), decay [32, 40). In ticks:
+FIRST_DECAY, SECOND_TRUNK, SECOND_DECAY, END = 16, 20, 36, 44
+
+
+@pytest.fixture(scope="module")
+def launch(tiny_config, tiny_corpus):
+    """Train, or go on, in a directory: the summary, or None where it was stopped at a tick."""
+
+    def run(directory, overrides=None, stop=None, watch=lambda report: None):
+        config = tiny_config(overrides)
+        spec = resolve(config, tiny_corpus)
+        options = loop_options(config)
+        try:
+            return train_and_evaluate(
+                spec, tiny_corpus, directory, options, config.to_dict(), watch, lambda t: t == stop
+            )
+        except Interrupted:
+            return None
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def undisturbed(launch, tmp_path_factory):
+    """A finished run's directory, by its overrides."""
+    known = {}
+
+    def get(**overrides):
+        key = json.dumps(overrides)
+        if key not in known:
+            known[key] = tmp_path_factory.mktemp("undisturbed")
+            launch(known[key], overrides)
+        return known[key]
+
+    return get
+
+
+def summary(directory):
+    return json.loads((directory / "summary.json").read_text())
+
+
+def endpoints(directory):
+    """The endpoints without what a clock says."""
+    return [
+        {key: value for key, value in row.items() if key != "wall_s"}
+        for row in summary(directory)["endpoints"]
+    ]
+
+
+def metrics(directory, kind=None):
+    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if kind in (None, line["kind"])]
+
+
+def checkpoint(directory, spec):
+    """(leaves of the state, leaves of the stash, progress without its clock)."""
+    checkpointer = Checkpointer(directory / "checkpoints")
+    state, stash, progress = checkpointer.restore_latest(compiled_init(spec.step)(0))
+    checkpointer.close()
+    del progress["wall_s"]
+    for endpoint in progress["endpoints"]:
+        del endpoint["wall_s"]
+    return jax.tree.leaves(state), jax.tree.leaves(stash), progress
+
+
+def assert_same_results(directory, expected):
+    assert endpoints(directory) == endpoints(expected)
+    assert (directory / "metrics.jsonl").read_bytes() == (expected / "metrics.jsonl").read_bytes()
+    same = ("status", "skipped_steps", "total_flops", "run_id")
+    assert {k: summary(directory)[k] for k in same} == {k: summary(expected)[k] for k in same}
+
+
+# Resumption
+
+
+@pytest.mark.parametrize(
+    "stops",
+    [
+        (0,),
+        (5,),
+        (FIRST_DECAY,),
+        (FIRST_DECAY + 2,),
+        (SECOND_TRUNK,),
+        (SECOND_TRUNK, SECOND_TRUNK),
+        (SECOND_DECAY + 1,),
+        (5, FIRST_DECAY + 3, SECOND_TRUNK + 1, SECOND_DECAY, END - 2),
+    ],
+)
+def test_resumed_equals_undisturbed(launch, undisturbed, tiny_config, tiny_corpus, tmp_path, stops):
+    """Endpoints, metrics and the whole state at the last tick, bit for bit."""
+    for stop in stops:
+        assert launch(tmp_path / "resumed", stop=stop) is None
+        assert not (tmp_path / "resumed" / "summary.json").exists()
+    launch(tmp_path / "resumed", stop=END - 1)
+    launch(tmp_path / "straight", stop=END - 1)
+    spec = resolve(tiny_config(), tiny_corpus)
+    found, expected = (checkpoint(tmp_path / d, spec) for d in ("resumed", "straight"))
+    assert found[2] == expected[2] and found[2]["tick"] == END - 1
+    for part in (0, 1):
+        assert len(found[part]) == len(expected[part]) > 10
+        for a, b in zip(found[part], expected[part], strict=True):
+            np.testing.assert_array_equal(a, b)
+    launch(tmp_path / "resumed")
+    assert_same_results(tmp_path / "resumed", undisturbed())
+
+
+@pytest.mark.parametrize("precision", ["ternary", "fp16"])
+def test_resumed_equals_undisturbed_in_both_arms(launch, undisturbed, tmp_path, precision):
+    arm = {"precision": precision}
+    for stop in (7, FIRST_DECAY + 1, SECOND_DECAY + 5):
+        assert launch(tmp_path, arm, stop) is None
+    launch(tmp_path, arm)
+    assert_same_results(tmp_path, undisturbed(**arm))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "two_stage"])
+def test_resumed_equals_undisturbed_on_other_schedules(launch, undisturbed, tmp_path, schedule):
+    single = {"schedule.name": schedule, "train.tokens": (2560,)}
+    assert launch(tmp_path, single, 13) is None
+    launch(tmp_path, single)
+    assert_same_results(tmp_path, undisturbed(**single))
+    (row,) = endpoints(tmp_path)
+    assert row["schedule"] == schedule and row["loss"] < 4
+
+
+class PowerCut(Exception):
+    """Ends a run without a word to its checkpoint."""
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1e9])
+@pytest.mark.parametrize("tail", ["", '{"kind": "train", "step": 9', '{"kind": "train"}\n' * 30])
+def test_metrics_after_a_crash_are_made_again(launch, undisturbed, tmp_path, seconds, tail):
+    """From a checkpoint at every log step, or from none, with later lines or half a line behind.
+
+    Evaluations on the way fall on the steps of the checkpoints, and must not be lost.
+    """
+    often = {"eval.every": 7, "checkpoint.seconds": seconds}
+
+    def cut(report):
+        if report.tick >= SECOND_TRUNK + 5:
+            raise PowerCut
+
+    with pytest.raises(PowerCut):
+        launch(tmp_path, often, watch=cut)
+    assert not (tmp_path / "summary.json").exists()
+    saved = [int(path.name) for path in (tmp_path / "checkpoints").iterdir()]
+    assert bool(saved) == (seconds == 0.0)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write(tail)
+    launch(tmp_path, often)
+    assert_same_results(tmp_path, undisturbed(**{"eval.every": 7}))
+
+
+SCRIPT = """
+import json, sys
+from pathlib import Path
+from bitnet_jax.configs import default
+from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.data import load
+from bitnet_jax.train import Interrupted, train_and_evaluate
+
+overrides, directory, stop = json.loads(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+config = default.get_config()
+config.update_from_flattened_dict({**overrides, "train.tokens": tuple(overrides["train.tokens"])})
+corpus = load(config.data.source)
+arguments = resolve(config, corpus), corpus, directory, loop_options(config), config.to_dict()
+try:
+    train_and_evaluate(*arguments, should_stop=lambda tick: tick == stop)
+except Interrupted:
+    sys.exit(9)
+"""
+
+
+@pytest.mark.slow
+def test_resumed_in_a_fresh_process(undisturbed, tiny_overrides, tmp_path):
+    arm = {"precision": "ternary"}
+    for stop, status in ((FIRST_DECAY + 1, 9), (-1, 0)):
+        arguments = [json.dumps({**tiny_overrides, **arm}), str(tmp_path), str(stop)]
+        command = [sys.executable, "-c", SCRIPT, *arguments]
+        root = Path(__file__).parent.parent
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+        assert done.returncode == status, done.stderr
+    assert_same_results(tmp_path, undisturbed(**arm))
+
+
+# One trunk, several endpoints
+
+
+def reference_loss(spec, corpus, rows, end):
+    """Held-out loss of an endpoint, by a loop that knows nothing of segments and stashes."""
+    state = compiled_init(spec.step)(spec.seed_init)
+    batches = train_batches(corpus.train, 16, 8, spec.seed_data)
+    start = end - round(0.2 * end)
+    warmup = round(0.1 * spec.ends[0])
+    for step in range(end):
+        factor = min(1.0, (step + 1) / warmup)
+        if step >= start:
+            factor = 1 - (step - start) / (end - start)
+        lr = np.float32(factor * spec.peak_lr)
+        state, _ = compiled_train_step(spec.step)(state, batches[step], lr, np.float32(0.1))
+    padded = np.concatenate([rows, np.zeros((-len(rows) % 8, 17), np.int32)])
+    evaluate = compiled_eval_step(spec.step)
+    nats = np.concatenate([evaluate(state.params, b) for b in padded.reshape(-1, 8, 17)])
+    return nats[: len(rows)].astype(np.float64)
+
+
+@pytest.mark.parametrize("overrides", [{}, {"seeds.data": 5}, {"seeds.init": 5}])
+def test_endpoints_equal_a_plain_loop(launch, tiny_config, tiny_corpus, tmp_path, overrides):
+    """Every endpoint is what training it alone gives: batches, rates, weights and evaluation."""
+    launch(tmp_path, overrides)
+    spec = resolve(tiny_config(overrides), tiny_corpus)
+    total = (len(tiny_corpus.valid) - 1) // 16
+    starts = [i * total // 29 * 16 for i in range(29)]
+    rows = np.array([tiny_corpus.valid[s : s + 17] for s in starts], np.int32)
+    for row, end in zip(endpoints(tmp_path), spec.ends, strict=True):
+        nats = reference_loss(spec, tiny_corpus, rows, end)
+        assert row["loss"] == pytest.approx(nats.mean(), rel=1e-7)
+        assert row["loss_stderr"] == pytest.approx(nats.std(ddof=1) / math.sqrt(29), rel=1e-6)
+        assert row["tokens"] == end * 128
+        bits = nats.mean() / math.log(2)  # a token is a byte
+        assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-7)
+
+
+def test_first_endpoint_does_not_know_of_the_second(launch, undisturbed, tmp_path):
+    """Bit-equal to a run with only that budget, whose warm-up is the same."""
+    launch(tmp_path, {"train.tokens": (2560,)})
+    (alone,), (first, _) = endpoints(tmp_path), endpoints(undisturbed())
+    assert alone.pop("run_id") != first.pop("run_id")
+    assert alone == first
+
+
+def test_options_cannot_change_a_result(launch, undisturbed, tmp_path):
+    """What the identity leaves out, `train_loss` included."""
+    for i, options in enumerate(
+        [{"log.every": 1}, {"log.every": 50}, {"eval.every": 3}, {"checkpoint.seconds": 0.0}]
+    ):
+        launch(tmp_path / str(i), options)
+        assert endpoints(tmp_path / str(i)) == endpoints(undisturbed()), options
+
+
+@pytest.mark.parametrize("precision", ["ternary", "fp16", "bf16", "fp32"])
+def test_every_arm_learns(launch, tmp_path, precision):
+    launch(tmp_path, {"precision": precision, "train.tokens": (30 * 128,)})
+    first, *_, last = [line["loss"] for line in metrics(tmp_path, "train")]
+    (row,) = endpoints(tmp_path)
+    assert first > 4.5 and last < 3 and row["loss"] < 3
+    assert row["status"] == "ok" and row["precision"] == precision
+
+
+@pytest.mark.slow
+def test_carriers_train_to_the_same_bits(launch, undisturbed, tmp_path):
+    """int8 and bfloat16 codes make one run, and share a run id."""
+    launch(tmp_path, {"precision": "ternary", "matmul.carrier": "int8"})
+    assert_same_results(tmp_path, undisturbed(precision="ternary"))
+
+
+# Divergence
+
+
+@pytest.fixture
+def poison(monkeypatch):
+    """Makes the gradients of some ticks NaN; with `lasting`, the parameters stay NaN."""
+
+    def install(ticks, lasting=False):
+        calls = iter(range(10**6))
+
+        def compiled(config):
+            step = compiled_train_step(config)
+
+            def poisoned(state, *rest):
+                if next(calls) not in ticks:
+                    return step(state, *rest)
+                healthy = jax.tree.map(jnp.copy, state.params)
+                nan = state.replace(params=jax.tree.map(lambda x: x * jnp.nan, state.params))
+                after, found = step(nan, *rest)
+                return (after if lasting else after.replace(params=healthy)), found
+
+            return poisoned
+
+        monkeypatch.setattr(module, "compiled_train_step", compiled)
+
+    return install
+
+
+def is_diverged(row):
+    nothing = ("loss", "loss_stderr", "bits_per_byte", "train_loss")
+    return row["status"] == "diverged" and all(row[key] is None for key in nothing)
+
+
+@pytest.mark.parametrize("lr", [1e4, 1e30])
+def test_absurd_learning_rate_is_a_recorded_status(launch, tmp_path, lr):
+    """Even where fewer steps remain than it takes to call a trunk diverged."""
+    result = launch(tmp_path, {"optim.peak_lr": lr})
+    assert result == summary(tmp_path) and result["status"] == "diverged"
+    assert [row["tokens"] for row in result["endpoints"]] == [2560, 5120]
+    assert is_diverged(result["endpoints"][1])
+    assert result["skipped_steps"] > 10
+
+
+def test_diverged_trunk_takes_every_later_endpoint_with_it(launch, poison, tmp_path):
+    """Poisoned in the trunk between the first decay and the second: it stops soon after."""
+    budgets = {"train.tokens": (20 * 128, 100 * 128, 120 * 128)}
+    poison({SECOND_TRUNK + 4}, lasting=True)
+    result = launch(tmp_path, budgets)
+    first, second, third = result["endpoints"]
+    assert first["status"] == "ok" and first["loss"] < 4
+    assert is_diverged(second) and is_diverged(third)
+    assert (second["tokens"], third["tokens"]) == (12800, 15360)
+    last = metrics(tmp_path, "train")[-1]
+    assert last["loss"] is None and last["step"] <= 20 + SKIPS_TO_DIVERGE + 7
+    assert result["status"] == "diverged"
+    assert result["skipped_steps"] == last["skipped_steps"] >= SKIPS_TO_DIVERGE
+    json.dumps(result, allow_nan=False)
+
+
+def test_diverged_decay_leaves_the_trunk_alone(launch, poison, undisturbed, tmp_path):
+    """A long decay that is NaN is given up early; the trunk goes on from where it branched."""
+    long = {"train.tokens": (5120, 6400), "schedule.decay_fraction": 0.75}
+    expected = endpoints(undisturbed(**long))
+    poison(range(10, 12), lasting=True)  # the first decay is steps 10 to 39
+    launch(tmp_path, long)
+    first, second = endpoints(tmp_path)
+    assert is_diverged(first)
+    assert second == expected[1]
+    steps = [line["step"] for line in metrics(tmp_path, "train") if line["decay_to"] == 5120]
+    assert steps[-1] in range(10 + SKIPS_TO_DIVERGE, 40), "given up before its end"
+
+
+def test_decay_of_skipped_steps_is_not_an_endpoint(launch, poison, undisturbed, tmp_path):
+    """Parameters are intact and the loss is finite, but nothing has decayed."""
+    poison(range(FIRST_DECAY, SECOND_TRUNK))
+    result = launch(tmp_path)
+    assert is_diverged(result["endpoints"][0])
+    assert endpoints(tmp_path)[1] == endpoints(undisturbed())[1]
+    assert result["skipped_steps"] == 4
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_skips_are_counted_wherever_the_log_steps_lie(launch, poison, tmp_path, every):
+    """A run of skips ends a trunk at the 25th, and not at the 24th, though all is well after."""
+    budget = {"train.tokens": (50 * 128,), "log.every": every}
+    poison(range(3, 3 + SKIPS_TO_DIVERGE - 1))
+    healthy = launch(tmp_path / "healthy", budget)
+    assert healthy["status"] == "ok"
+    assert healthy["skipped_steps"] == SKIPS_TO_DIVERGE - 1
+    assert metrics(tmp_path / "healthy", "train")[-1]["skipped_steps"] == SKIPS_TO_DIVERGE - 1
+    poison(range(3, 3 + SKIPS_TO_DIVERGE))
+    assert launch(tmp_path / "diverged", budget)["status"] == "diverged"
+
+
+@pytest.mark.parametrize("stop", [2 + SKIPS_TO_DIVERGE, 35])
+def test_skips_survive_a_resumption(launch, poison, tmp_path, stop):
+    """Stopped before the last of 25, and after all of them but before any log step."""
+    budget = {"train.tokens": (50 * 128,), "log.every": 50}
+    poison(range(3, 3 + SKIPS_TO_DIVERGE))
+    assert launch(tmp_path, budget, stop) is None
+    result = launch(tmp_path, budget)
+    assert (result["status"], result["skipped_steps"]) == ("diverged", SKIPS_TO_DIVERGE)
+
+
+# Files
+
+
+def test_metrics_lines(undisturbed):
+    """Documented keys, places in order, and nothing that a clock says."""
+    place = {"kind", "step", "tokens", "decay_to"}
+    train = {"loss", "grad_norm", "learning_rate", "weight_decay", "skipped_steps"}
+    extra = {"fp32": set(), "ternary": {"zero_fraction"}, "fp16": {"loss_scale"}}
+    for precision, more in extra.items():
+        arm = {} if precision == "fp32" else {"precision": precision}
+        lines = metrics(undisturbed(**arm))
+        for line in lines:
+            known = {"train": train | more, "endpoint": {"valid_loss", "valid_loss_stderr"}}
+            assert line.keys() == place | known[line["kind"]]
+            assert line["tokens"] == line["step"] * 128
+        places = [(line["kind"], line["step"], line["decay_to"]) for line in lines]
+        assert places == [
+            *(("train", step, None) for step in (7, 14, 16)),
+            *(("train", 20, 2560), ("endpoint", 20, 2560)),
+            *(("train", step, None) for step in (21, 28, 32)),
+            *(("train", 35, 5120), ("train", 40, 5120), ("endpoint", 40, 5120)),
+        ]
+        rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
+        assert rates == pytest.approx(
+            [0.01, 0.01, 0.01, 0.0025, 0.01, 0.01, 0.01, 0.00625 + 0.00125, 0.00125]
+        )
+    ternary = metrics(undisturbed(precision="ternary"), "train")
+    assert all(0.2 < line["zero_fraction"] < 0.45 for line in ternary)
+    fp16 = metrics(undisturbed(precision="fp16"), "train")
+    assert all(line["loss_scale"] == 2**15 for line in fp16)
+
+
+def test_logged_loss_is_the_mean_since_the_line_before(launch, undisturbed, tmp_path):
+    launch(tmp_path, {"log.every": 1})
+    each = [line["loss"] for line in metrics(tmp_path, "train")]
+    means = [line["loss"] for line in metrics(undisturbed(), "train")]
+    edges = [0, 7, 14, 16, 20, 21 - 16 + 20, 28 - 16 + 20, 36, 39, 44]
+    for mean, begin, end in zip(means, edges, edges[1:], strict=False):
+        assert mean == pytest.approx(np.mean(each[begin:end]), rel=1e-12)
+    assert len(each) == 44 and len(means) == 9
+    first, second = endpoints(undisturbed())
+    assert first["train_loss"] == pytest.approx(np.mean(each[16:20]), rel=1e-12)
+    assert second["train_loss"] == pytest.approx(np.mean(each[36:44]), rel=1e-12)
+
+
+def test_evaluation_on_the_way(undisturbed):
+    lines = metrics(undisturbed(**{"eval.every": 7}), "eval")
+    places = [(line["step"], line["decay_to"]) for line in lines]
+    assert places == [(7, None), (14, None), (21, None), (28, None), (35, 5120)]
+    losses = [line["valid_loss"] for line in lines]
+    assert losses == sorted(losses, reverse=True) and 2 < losses[-1] < losses[0] < 5.6
+    assert metrics(undisturbed(), "eval") == []
+
+
+def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
+    result = launch(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    spec = resolve(tiny_config(), tiny_corpus)
+    assert config["identity"] == json.loads(json.dumps(spec.identity()))
+    assert config["config"]["optim"]["peak_lr"] == 0.01
+    assert config["config"]["train"]["tokens"] == [2560, 5120]
+    origin = {"git_commit", "jax_version", "python_version", "device"}
+    header = {"schema_version", "run_id"} | origin
+    assert config.keys() == header | {"identity", "config"}
+    assert config["run_id"] == result["run_id"] == spec.run_id
+    assert result.keys() == header | {
+        "status", "skipped_steps", "wall_s", "total_flops", "endpoints",
+    }  # fmt: skip
+    assert result == summary(tmp_path)
+    assert result["status"] == "ok" and result["skipped_steps"] == 0
+    assert result["total_flops"] == 44 * 128 * spec.flops_per_token
+    assert [row["flops"] for row in result["endpoints"]] == [
+        end * 128 * spec.flops_per_token for end in (20, 40)
+    ], "an endpoint costs its own trajectory, whoever shared the trunk"
+    assert 0 < result["endpoints"][0]["wall_s"] <= result["endpoints"][1]["wall_s"]
+    assert result["endpoints"][1]["wall_s"] <= result["wall_s"] < 600
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "checkpoints", "config.json", "metrics.jsonl", "summary.json",
+    ]  # fmt: skip
+
+
+def test_unique_tokens_stop_at_the_corpus(launch, tiny_corpus, tmp_path):
+    epoch = (len(tiny_corpus.train) - 1) // 16 * 16
+    budget = -(-epoch // 128) * 128 + 1280
+    (row,) = launch(tmp_path, {"train.tokens": (budget,)})["endpoints"]
+    assert (row["tokens"], row["unique_tokens"]) == (budget, epoch)
+
+
+def test_watcher_is_told_at_log_steps(launch, tmp_path):
+    reports = []
+    launch(tmp_path, watch=reports.append)
+    assert [r.tick for r in reports] == [7, 14, 16, 20, 25, 32, 36, 39, 44]
+    assert {r.total_ticks for r in reports} == {44}
+    assert reports[0].tokens_per_s is None, "the first interval holds compilation"
+    assert all(r.tokens_per_s > 0 for r in reports[1:])
+    assert [r.loss for r in reports] == [line["loss"] for line in metrics(tmp_path, "train")]
+
+
+@pytest.mark.slow
+def test_wandb_offline_writes_a_directory_and_changes_nothing(launch, undisturbed, tmp_path):
+    launch(tmp_path, {"tracking.wandb": "offline"})
+    assert list((tmp_path / "wandb").glob("offline-run-*/*.wandb"))
+    assert_same_results(tmp_path, undisturbed())
+
+
+def test_wandb_disabled_writes_none(undisturbed):
+    assert not (undisturbed() / "wandb").exists()
