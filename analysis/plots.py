@@ -282,7 +282,7 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
             axes.xaxis.set_major_formatter(FuncFormatter(_tick))
             axes.xaxis.set_minor_formatter(NullFormatter())
             axes.set_title(arm_name(arm), fontsize=10.5)
-            axes.set_xlabel("parameters")
+            axes.set_xlabel("non-embedding parameters")
         panels[0].set_ylabel("held-out loss (nats per token)")
         bar = figure.colorbar(
             points,

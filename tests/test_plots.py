@@ -79,7 +79,7 @@ def test_loss_vs_parameters(table, fits):
     figure = plots.loss_vs_parameters(table, fits)
     left, right, bar = figure.axes
     assert [axes.get_title() for axes in (left, right)] == ["ternary (W1.58 A8)", "float16"]
-    assert left.get_xlabel() == "parameters" and bar.get_ylabel() == "training tokens"
+    assert left.get_xlabel() == "non-embedding parameters" and bar.get_ylabel() == "training tokens"
     assert len(left.lines) == 4 and len(left.collections[0].get_offsets()) == 8
 
 

@@ -147,9 +147,16 @@ class PowerCut(Exception):
     """Ends a run without a word to its checkpoint."""
 
 
-@pytest.mark.parametrize("seconds", [0.0, 1e9])
-@pytest.mark.parametrize("tail", ["", '{"kind": "train", "step": 9', '{"kind": "train"}\n' * 30])
-def test_metrics_after_a_crash_are_made_again(launch, undisturbed, tmp_path, seconds, tail):
+@pytest.mark.parametrize(
+    ("seconds", "at", "tail"),
+    [
+        (0.0, FIRST_DECAY, ""),
+        (0.0, SECOND_TRUNK + 5, '{"kind": "train", "step": 9'),
+        (0.0, SECOND_TRUNK + 12, '{"kind": "train"}\n' * 30),
+        (1e9, SECOND_TRUNK + 5, '{"kind": "train", "step": 9'),
+    ],
+)
+def test_metrics_after_a_crash_are_made_again(launch, undisturbed, tmp_path, seconds, at, tail):
     """From a checkpoint at every log step, or from none, with later lines or half a line behind.
 
     Evaluations on the way fall on the steps of the checkpoints, and must not be lost.
@@ -157,7 +164,7 @@ def test_metrics_after_a_crash_are_made_again(launch, undisturbed, tmp_path, sec
     often = {"eval.every": 7, "checkpoint.seconds": seconds}
 
     def cut(report):
-        if report.tick >= SECOND_TRUNK + 5:
+        if report.tick >= at:
             raise PowerCut
 
     with pytest.raises(PowerCut):

@@ -1,0 +1,111 @@
+"""Training and fitting against a truth known exactly: languages whose entropy rate is a formula.
+
+Nothing can predict better than the language itself does, so these tests find a leak of targets into
+inputs, a loss that is averaged wrongly, and a fit that extrapolates to the wrong floor.
+"""
+
+import numpy as np
+import pytest
+
+from analysis.fit import fit
+from bitnet_jax.configs import default
+from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.data import SyntheticLanguage, load, synthetic, validation_rows
+from bitnet_jax.train import train_and_evaluate
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Writes a corpus of a language, shorter than the built-in one."""
+
+    def make(language, train_tokens):
+        out = tmp_path_factory.mktemp("language") / "synthetic"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(synthetic, "SyntheticLanguage", lambda: language)
+            patch.setattr(synthetic, "_TRAIN_TOKENS", train_tokens)
+            patch.setattr(synthetic, "_VALID_TOKENS", 131_200)
+            synthetic.prepare_synthetic(out)
+        return load(out)
+
+    return make
+
+
+def endpoints(corpus, directory, overrides):
+    config = default.get_config()
+    config.update_from_flattened_dict({"tracking.wandb": "disabled", "eval.tokens": 0, **overrides})
+    spec = resolve(config, corpus)
+    run_dir = directory / spec.run_id
+    summary = train_and_evaluate(spec, corpus, run_dir, loop_options(config), config.to_dict())
+    assert summary["status"] == "ok"
+    return summary["endpoints"]
+
+
+def floor(language, corpus, length):
+    """What the language itself costs on the targets that are evaluated: no model can do better."""
+    rows = validation_rows(corpus.valid, length)
+    return -language.log_prob(rows)[:, 1:].mean()
+
+
+@pytest.mark.parametrize(("precision", "percent"), [("fp16", 4), ("ternary", 5)])
+def test_held_out_loss_against_the_entropy_rate(prepared, tmp_path, precision, percent):
+    """Never below it; and 27k parameters come close to it within 800k tokens.
+
+    Measured when written: 2.7 % (float) and 3.7 % (ternary) above the rate of 2.5995 nats. A model
+    of one symbol of context instead of two could not come within 10 %.
+    """
+    language = SyntheticLanguage()
+    corpus = prepared(language, 1_000_000)
+    assert corpus.manifest["entropy_rate_nats"] == language.entropy_rate
+    overrides = {
+        "precision": precision,
+        "model.size": "27k",
+        "data.sequence_length": 128,
+        "train.batch_tokens": 2048,
+        "train.tokens": (100_000, 800_000),
+    }
+    early, late = endpoints(corpus, tmp_path, overrides)
+    for row in (early, late):
+        assert row["loss"] > language.entropy_rate - 3 * row["loss_stderr"]
+        assert row["loss"] > floor(language, corpus, 128)
+        assert 0 < row["loss_stderr"] < 0.01
+        assert row["bits_per_byte"] == pytest.approx(row["loss"] / np.log(2))
+    assert early["loss"] > 3.2, "100k tokens are too few to see two symbols back"
+    assert late["loss"] < (1 + percent / 100) * language.entropy_rate
+
+
+def test_fitted_floor_is_the_entropy_of_the_language(prepared, tmp_path):
+    """E of a Chinchilla fit to 4 sizes x 4 budgets, within half a per cent of the truth.
+
+    A language of 16 symbols, which models of a few thousand parameters learn. The budgets lie
+    behind the sudden fall at which a model finds the second symbol back, since no power law
+    describes that fall; the exponents behind it are poorly determined and not tested.
+    """
+    language = SyntheticLanguage(alphabet_size=16, classes=4)
+    corpus = prepared(language, 1_000_000)
+    truth = floor(language, corpus, 64)
+    assert truth == pytest.approx(language.entropy_rate, rel=5e-3), "rows cost a little more"
+    shared = {
+        "precision": "fp32",
+        "model.size": "27k",
+        "data.sequence_length": 64,
+        "train.batch_tokens": 1024,
+        "train.tokens": (200_000, 300_000, 400_000, 800_000),
+    }
+    rows = []
+    for width, ff_width in ((8, 16), (12, 24), (16, 32), (32, 96)):
+        shape = {"model.width": width, "model.ff_width": ff_width}
+        rate = {"optim.peak_lr": 0.02 * (8 / width) ** 0.5}
+        rows += endpoints(corpus, tmp_path, {**shared, **shape, **rate})
+    loss = np.array([row["loss"] for row in rows])
+    inputs = {
+        "n": np.array([row["params_total"] for row in rows]),
+        "d": np.array([row["tokens"] for row in rows]),
+    }
+    found = fit("chinchilla", inputs, loss)
+    assert found.params["E"] == pytest.approx(truth, rel=5e-3)
+    assert found.params["E"] < loss.min(), "a floor lies below all that was measured"
+    assert loss.max() > 1.02 * truth, "the points are not all at the floor already"
+    residuals = np.log(found.predict(inputs) / loss)
+    assert np.sqrt(np.mean(residuals**2)) < 0.01
