@@ -158,7 +158,7 @@ class _Loop:
         )
 
     def run(self, watch: Callable[[Report], None], should_stop: Callable[[int], bool]) -> None:
-        """Make every remaining tick. Metrics are fetched at log steps only: no step is waited for."""
+        """Make every remaining tick. Metrics are fetched at log steps, so that no step waits."""
         self.clock = self.last_save = self.last_report = time.monotonic()
         self.reported_tick: int | None = None  # the first interval holds compilation: no rate
         while self.progress.tick < total_ticks(self.segments):

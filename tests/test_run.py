@@ -419,7 +419,7 @@ def test_ctrl_c_then_the_printed_command(tiny_overrides, tmp_path):
     done = subprocess.run(again, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert run(*flags, f"--workdir={tmp_path / 'c'}") == 0
-    drop = ["wall_s"]
+    drop = ["wall_s", "git_commit"]
     pd.testing.assert_frame_equal(
         table_of(workdir).drop(columns=drop), table_of(tmp_path / "c").drop(columns=drop)
     )
