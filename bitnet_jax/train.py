@@ -302,7 +302,7 @@ class _Loop:
                 "train_loss": sum(tail) / len(tail) if tail and loss is not None else None,
                 "unique_tokens": self.batches.unique_tokens(segment.end),
                 "status": "diverged" if loss is None else "ok",
-                "wall_s": round(self._wall_s(), 3),
+                "wall_s": self._wall_s(),
             }
         )
 

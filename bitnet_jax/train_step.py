@@ -67,7 +67,7 @@ def train_step(
     grad_norm (before clipping), loss_scale, skips.
     """
     nats, grads = _gradients(config, state.params, tokens, state.loss_scale)
-    grad_norm = optax.global_norm(grads)
+    grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(nats) & jnp.isfinite(grad_norm)
     updates, opt_state = optim.direction(config.optimizer).update(grads, state.opt_state)
     params = optim.apply_direction(state.params, updates, learning_rate, weight_decay)

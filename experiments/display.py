@@ -133,8 +133,8 @@ class SweepDisplay:
         text = self._numbers(report, left)
         if self._bars:
             self._bars.update(self._run_bar, completed=share, text=text)
-            sweep_text = f"{_left(sweep_left)} left" if sweep_left is not None else ""
-            self._bars.update(self._sweep_bar, completed=done / self._todo, text=sweep_text)
+            share_done = done / self._todo
+            self._bars.update(self._sweep_bar, completed=share_done, text=_left(sweep_left))
         elif now - self._last_line > 10:
             self._last_line = now
             self._screen.print(

@@ -76,39 +76,32 @@ def test_held_out_loss_against_the_entropy_rate(prepared, tmp_path, precision, p
 
 
 def test_fitted_floor_is_the_entropy_of_the_language(prepared, tmp_path):
-    """E of a Chinchilla fit to 4 sizes x 4 budgets, within half a per cent of the truth.
+    """E of a power law through 7 budgets of one model, within .005 nats of the truth.
 
-    A language of 16 symbols, which models of a few thousand parameters learn. The budgets lie
-    behind the sudden fall at which a model finds the second symbol back, since no power law
-    describes that fall; the exponents behind it are poorly determined and not tested. Measured
-    when written: E = 1.9659 with seeds 0 and 1, truth 1.9656. With seed 2 the smallest model falls
-    only at a million tokens, and a fit to these budgets fails, with an exponent at its bound.
+    A language of 16 symbols, small enough that the model's size does not limit its loss: tokens
+    alone separate it from the floor. Measured when written, with seeds 0 to 3 on two versions of
+    jax: E from 1.9631 to 1.9685, the truth being 1.9656. The five parameters of a law in parameters
+    and tokens are not determined by what trains within a minute, so it is not tested here.
     """
     language = SyntheticLanguage(alphabet_size=16, classes=4)
     corpus = prepared(language, 2_000_000)
     truth = floor(language, corpus, 64)
     assert truth == pytest.approx(language.entropy_rate, rel=5e-3), "rows cost a little more"
-    shared = {
+    budgets = (200_000, 280_000, 400_000, 560_000, 800_000, 1_130_000, 1_600_000)
+    overrides = {
         "precision": "fp32",
         "model.size": "27k",
         "data.sequence_length": 64,
         "train.batch_tokens": 1024,
-        "train.tokens": (500_000, 700_000, 1_000_000, 1_400_000),
-        "schedule.warmup_fraction": 0.02,
+        "train.tokens": budgets,
+        "schedule.warmup_fraction": 0.05,
+        "optim.peak_lr": 0.01,
     }
-    rows = []
-    for width, ff_width in ((8, 16), (12, 24), (16, 32), (32, 96)):
-        shape = {"model.width": width, "model.ff_width": ff_width}
-        rate = {"optim.peak_lr": 0.02 * (8 / width) ** 0.5}
-        rows += endpoints(corpus, tmp_path, {**shared, **shape, **rate})
+    rows = endpoints(corpus, tmp_path, overrides)
     loss = np.array([row["loss"] for row in rows])
-    inputs = {
-        "n": np.array([row["params_total"] for row in rows]),
-        "d": np.array([row["tokens"] for row in rows]),
-    }
-    found = fit("chinchilla", inputs, loss)
-    assert found.params["E"] == pytest.approx(truth, rel=5e-3)
+    found = fit("power", {"c": np.array([row["flops"] for row in rows])}, loss)
+    assert found.params["E"] == pytest.approx(truth, abs=0.005)
     assert found.params["E"] < loss.min(), "a floor lies below all that was measured"
-    assert loss.max() > 1.015 * truth, "the points are not all at the floor already"
-    residuals = np.log(found.predict(inputs) / loss)
-    assert np.sqrt(np.mean(residuals**2)) < 0.005
+    assert loss.max() > truth + 0.01, "the points are not all at the floor already"
+    residuals = np.log(found.predict(found.inputs) / loss)
+    assert np.sqrt(np.mean(residuals**2)) < 0.002
