@@ -40,7 +40,7 @@ class MetricsLog:
 
     def __init__(self, path: Path, keep: int = 0):
         path.touch()
-        os.truncate(path, keep)
+        os.truncate(path, min(keep, path.stat().st_size))  # never padded with NULs
         self._file = open(path, "a")
 
     def write(self, record: dict[str, Any]) -> None:

@@ -65,6 +65,7 @@ BAD = [
       for k in ("peak_lr", "epsilon", "clip_norm") for v in (0.0, -1.0, NAN)),
     *(({key: v}, f"{key}={v}", "must not be negative")
       for key in ("optim.weight_decay", "loss.z_loss") for v in (-0.1, NAN)),
+    *(({k: float("inf")}, f"{k}=inf", "finite") for k in ("optim.peak_lr", "model.rope_theta")),
     ({"seed": -1}, "seeds.init=-1", "[0, 2^31)"),
     ({"seeds.data": 2**31}, f"seeds.data={2**31}", "[0, 2^31)"),
     ({"eval.tokens": 5}, "eval.tokens=5", "at least data.sequence_length=16"),

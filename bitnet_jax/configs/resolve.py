@@ -4,6 +4,7 @@ Each failure is a ConfigError of one line that names the key, its value and what
 """
 
 import hashlib
+import math
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -25,6 +26,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
     Raises:
       ConfigError: a value that cannot work, or two that cannot work together.
     """
+    _check_finite(config)
     model = _model(config, corpus.vocab_size)
     precision = get_precision(config.precision, config.matmul.carrier)
     batch_size = _batch_size(config)
@@ -88,6 +90,15 @@ def loop_options(config: ConfigDict) -> LoopOptions:
 def _require(condition: bool, key: str, value: Any, right: str) -> None:
     if not condition:
         raise ConfigError(f"{key}={value!r}: {right}")
+
+
+def _check_finite(config: ConfigDict, prefix: str = "") -> None:
+    """No number of a config may be infinite; NaN fails the bounds of each key."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            _require(not math.isinf(value), prefix + key, value, "it must be finite")
 
 
 SHAPE_KEYS = ladder.Shape._fields
