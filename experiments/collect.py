@@ -15,6 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from bitnet_jax.errors import ConfigError
+
 FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
 
 
@@ -31,13 +33,13 @@ def collect(
 
     Raises:
       FileNotFoundError: no run has finished or failed.
+      ConfigError: a summary that is damaged.
     """
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
         if run_ids is not None and path.parent.name not in run_ids:
             continue
-        summary = json.loads(path.read_text())
-        rows += [{"sweep": sweep_directory.name, **row} for row in summary["endpoints"]]
+        rows += [{"sweep": sweep_directory.name, **row} for row in _endpoints(path)]
     for failed in (failures or {}).values():
         rows += [{"sweep": sweep_directory.name, **row} for row in failed]
     if not rows:
@@ -54,6 +56,13 @@ def collect(
     return table
 
 
+def _endpoints(path: Path) -> list[dict[str, Any]]:
+    try:
+        return json.loads(path.read_text())["endpoints"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a summary; delete it to train the run again") from error
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
     parser = argparse.ArgumentParser(prog="python -m experiments.collect", description=__doc__)
@@ -61,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     directory = parser.parse_args(argv).sweep_directory
     try:
         table = collect(directory)
-    except FileNotFoundError as error:
+    except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(f"{directory / 'endpoints.parquet'}: {len(table)} endpoints")

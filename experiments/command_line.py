@@ -45,6 +45,8 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         rest = values(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ConfigError(_explain(error, config)) from error
+    if not values.workdir:
+        raise ConfigError("workdir='': give a directory, such as results")
     if len(rest) > 1:
         raise ConfigError(f"{rest[1]!r}: unexpected argument; flags begin with --")
     return values

@@ -1,8 +1,10 @@
 """From a config (and the sweep it declares) to the runs that will be trained, all checked."""
 
+import contextlib
 import dataclasses
 import importlib.util
-from collections.abc import Callable, Iterable
+import traceback
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -111,25 +113,30 @@ def load_config(path_and_arg: str) -> ConfigDict:
     """What `get_config` of `file.py` or `file.py:arg` returns. The file is Python and is run.
 
     Raises:
-      ConfigError: no such file, or one without get_config.
+      ConfigError: no such file, one without get_config, or one that fails.
     """
     path, _, arg = path_and_arg.partition(":")
     get_config = getattr(_load(path), "get_config", None)
     if get_config is None:
         raise ConfigError(f"--config={path}: it has no get_config()")
-    return get_config(arg) if arg else get_config()
+    with _users_code(path):
+        config = get_config(arg) if arg else get_config()
+    if not isinstance(config, ConfigDict):
+        raise ConfigError(f"--config={path}: get_config() must return a ConfigDict")
+    return config
 
 
-def load_sweep(path: str) -> Callable[[ConfigDict], Iterable[dict[str, Any]]]:
-    """The `sweep` function of a config file.
+def load_points(path: str, config: ConfigDict) -> list[dict[str, Any]]:
+    """The points that the `sweep` function of a config file yields for a config.
 
     Raises:
-      ConfigError: the file declares no sweep.
+      ConfigError: the file declares no sweep, or it fails.
     """
     module = _load(path)
     if not hasattr(module, "sweep"):
         raise ConfigError(f"--config={path}: it declares no sweep(config); leave --sweep out")
-    return module.sweep
+    with _users_code(path):
+        return list(module.sweep(config))
 
 
 def _load(path: str) -> ModuleType:
@@ -138,8 +145,23 @@ def _load(path: str) -> ModuleType:
     spec = importlib.util.spec_from_file_location("_config_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with _users_code(path):
+        spec.loader.exec_module(module)
     return module
+
+
+@contextlib.contextmanager
+def _users_code(path: str) -> Iterator[None]:
+    """What a config file raises, as one line that says where."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except Exception as error:
+        lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == path]
+        line = error.lineno if isinstance(error, SyntaxError) else lines[-1] if lines else "?"
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        raise ConfigError(f"--config={path}: line {line}: {reason}") from error
 
 
 def first_line(error: BaseException) -> str:

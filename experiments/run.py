@@ -36,7 +36,7 @@ from experiments import command_line, display, report
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
 from experiments.launch.local import StopRequest, train_all
-from experiments.plan import Plan, load_sweep, make_plan
+from experiments.plan import Plan, load_points, make_plan
 from experiments.references import references
 
 
@@ -63,7 +63,8 @@ def quiet_libraries() -> None:
 
 def _run(argv: list[str]) -> int:
     flags = command_line.parse(argv)
-    points = load_sweep(command_line.config_path(flags))(flags.config) if flags.sweep else [{}]
+    path = command_line.config_path(flags)
+    points = load_points(path, flags.config) if flags.sweep else [{}]
     corpus = data.load(data.resolve(flags.config.data.source))
     overridden = command_line.overridden_keys(flags)
     plan = make_plan(flags.config, points, corpus, Path(flags.workdir), overridden)

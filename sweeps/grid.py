@@ -70,7 +70,7 @@ def parse_arg(arg: str | None, **defaults: str) -> dict[str, str]:
     for item in filter(None, (arg or "").split(",")):
         key, equals, value = item.partition("=")
         if key not in defaults or not equals:
-            known = ", ".join(f"{key}=" for key in defaults)
+            known = ", ".join(f"{key}=" for key in defaults) or "no argument"
             raise ConfigError(f"config argument {item!r} is unknown; this sweep takes {known}")
         values[key] = value
     return values

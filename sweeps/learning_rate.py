@@ -9,12 +9,12 @@ rate in both is a confound of several published comparisons.
 from ml_collections import ConfigDict
 
 from bitnet_jax.configs import default
-from sweeps.grid import Point, axis, product
+from sweeps.grid import Point, axis, parse_arg, product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The base of every run, and the axes."""
-    del arg
+    parse_arg(arg)
     c = default.get_config()
     c.name = "learning_rate"
     c.train.tokens = (600_000,)

@@ -11,12 +11,12 @@ machinery and a first look; one seed and a factor of twelve in size do not decid
 from ml_collections import ConfigDict
 
 from bitnet_jax.configs import default
-from sweeps.grid import Point, axis, product, zipit
+from sweeps.grid import Point, axis, parse_arg, product, zipit
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The base of every run, and the axes."""
-    del arg
+    parse_arg(arg)
     c = default.get_config()
     c.name = "quickstart"
     c.eval.tokens = 131_072

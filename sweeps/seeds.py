@@ -8,12 +8,12 @@ A difference between two runs that is smaller than twice the spread seen here is
 from ml_collections import ConfigDict
 
 from bitnet_jax.configs import default
-from sweeps.grid import Point, axis, product
+from sweeps.grid import Point, axis, parse_arg, product
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The base of every run, and the axes."""
-    del arg
+    parse_arg(arg)
     c = default.get_config()
     c.name = "seeds"
     c.model.size = "95k"

@@ -124,3 +124,14 @@ def test_command(sweep, spec_of, capsys):
     assert main([str(sweep.folder)]) == 0
     assert "endpoints.parquet: 2 endpoints" in capsys.readouterr().out
     assert len(pd.read_parquet(sweep.folder / "endpoints.parquet")) == 2
+
+
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}"])
+def test_a_damaged_summary_is_named(tmp_path, damaged, capsys):
+    path = tmp_path / "runs" / "a-run" / "summary.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(damaged)
+    assert main([str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    assert str(path) in message and "delete it" in message and message.count("\n") == 1
+    assert not (tmp_path / "endpoints.parquet").exists()

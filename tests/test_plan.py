@@ -5,7 +5,7 @@ import json
 import pytest
 
 from bitnet_jax.errors import ConfigError
-from experiments.plan import first_line, load_config, load_sweep, make_plan
+from experiments.plan import first_line, load_config, load_points, make_plan
 from sweeps.grid import axis, product
 
 
@@ -88,13 +88,14 @@ def test_a_key_set_by_the_command_line_alone_is_kept(plan_of):
 
 def test_load_config(tmp_path):
     file = tmp_path / "mine.py"
-    file.write_text("def get_config(arg='none'):\n    return {'arg': arg}\n")
-    assert load_config(str(file)) == {"arg": "none"}
-    assert load_config(f"{file}:size=3") == {"arg": "size=3"}
+    text = "from ml_collections import ConfigDict\n"
+    file.write_text(text + "def get_config(arg='none'):\n    return ConfigDict({'arg': arg})\n")
+    assert load_config(str(file)).arg == "none"
+    assert load_config(f"{file}:size=3").arg == "size=3"
     with pytest.raises(ConfigError, match="declares no sweep"):
-        load_sweep(str(file))
+        load_points(str(file), None)
     file.write_text("def sweep(config):\n    return [config]\n")
-    assert load_sweep(str(file))(7) == [7]
+    assert load_points(str(file), 7) == [7]
     with pytest.raises(ConfigError, match=r"no get_config\(\)"):
         load_config(str(file))
 
@@ -111,3 +112,19 @@ def test_first_line():
     assert first_line(ValueError()) == "ValueError"
     assert first_line(KeyError("key")) == "key"
     assert first_line(RuntimeError("\n  inner\nmore")) == "inner"
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("x = (\n", "SyntaxError"),
+        ("def get_config():\n    return 1 / 0\n", "line 2: ZeroDivisionError"),
+        ("def get_config():\n    return None\n", "must return a ConfigDict"),
+    ],
+)
+def test_a_config_file_that_fails_is_named_in_one_line(tmp_path, text, expected):
+    file = tmp_path / "mine.py"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=expected) as error:
+        load_config(str(file))
+    assert str(file) in str(error.value) and "\n" not in str(error.value)

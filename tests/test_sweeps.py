@@ -6,7 +6,7 @@ import pytest
 
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
-from experiments.plan import load_config, load_sweep, make_plan
+from experiments.plan import load_config, load_points, make_plan
 from sweeps import isoflop
 from sweeps.grid import axis, chain, parse_arg, product, zipit
 
@@ -71,7 +71,7 @@ def test_no_defaults_are_changed():
 def planned(request, tiny_corpus, tmp_path):
     path = str(request.param)
     config = load_config(path)
-    return config, make_plan(config, load_sweep(path)(config), tiny_corpus, tmp_path)
+    return config, make_plan(config, load_points(path, config), tiny_corpus, tmp_path)
 
 
 def test_every_sweep_is_a_plan(planned, tmp_path):
@@ -104,7 +104,7 @@ def test_arms_are_paired(planned):
 def plan_of(name, corpus, workdir, arg=""):
     path = str(FOLDER / f"{name}.py")
     config = load_config(f"{path}:{arg}" if arg else path)
-    return config, make_plan(config, load_sweep(path)(config), corpus, workdir)
+    return config, make_plan(config, load_points(path, config), corpus, workdir)
 
 
 def test_quickstart_is_large_enough(tiny_corpus, tmp_path):
