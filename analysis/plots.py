@@ -41,7 +41,7 @@ _ARM_STYLES = {
 }
 _OTHER_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
 _DASHES = (0, (4, 2.5))
-_STYLE: dict[Any, Any] = {
+STYLE: dict[Any, Any] = {
     "font.size": 10,
     "axes.labelsize": 10.5,
     "axes.spines.top": False,
@@ -77,7 +77,7 @@ def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
     """Write `path`.png (150 dots an inch) and `path`.svg, the same bytes for the same figure."""
     path = Path(path)
     png, svg = path.with_name(path.name + ".png"), path.with_name(path.name + ".svg")
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=150, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
@@ -96,7 +96,7 @@ def loss_vs_compute(
     """
     rows = finished(endpoints)
     arms = list(dict.fromkeys(rows["precision"]))
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(7.4, 4.9), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xscale("log")
@@ -253,7 +253,7 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
     sizes = np.geomspace(rows[COLUMNS["n"]].min(), rows[COLUMNS["n"]].max(), 100)
     norm = LogNorm(tokens[0] / 1.05, tokens[-1] * 1.05)
     colours = matplotlib.colormaps["viridis"]
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + 3.5 * len(arms), 3.8), layout="constrained")
         panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
         for axes, arm in zip(panels, arms, strict=True):
@@ -303,7 +303,7 @@ def _tick(value: float, _position: int) -> str:
 def law_and_points(found: Fit) -> Figure:
     """Measured against fitted loss, and the relative residuals beneath: any law, any inputs."""
     fitted = found.predict(found.inputs)
-    with matplotlib.rc_context(_STYLE):
+    with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 5.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         ends = [min(fitted.min(), found.loss.min()), max(fitted.max(), found.loss.max())]

@@ -52,3 +52,28 @@ class Checkpointer:
         """Wait for the last save; only then is it on disk."""
         self._manager.wait_until_finished()
         self._manager.close()
+
+
+def save_model(run_dir: Path, params: dict) -> None:
+    """Write an endpoint's parameters to `<run_dir>/model`, in place of what is there."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(_model_path(run_dir), params, force=True)
+
+
+def load_model(run_dir: Path, like: dict) -> dict:
+    """The parameters that `save_model` wrote. like: a tree of the same shapes and dtypes.
+
+    Raises:
+      FileNotFoundError: the run kept no model, or has not finished.
+    """
+    path = _model_path(run_dir)
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{run_dir}: it holds no model; train it to its end with checkpoint.keep_model=True"
+        )
+    with ocp.StandardCheckpointer() as checkpointer:
+        return checkpointer.restore(path, jax.tree.map(ocp.utils.to_shape_dtype_struct, like))
+
+
+def _model_path(run_dir: Path) -> Path:
+    return run_dir.absolute() / "model"

@@ -29,14 +29,24 @@ class Parameters:
 
 def count_parameters(c: TransformerConfig) -> Parameters:
     """Parameters of a transformer, by group."""
-    attention = 2 * c.width * c.heads * c.head_size + 2 * c.width * c.kv_heads * c.head_size
-    mlp = 3 * c.width * c.ff_width
-    norms = 2 * c.width + (c.width + c.ff_width if c.sub_norms else 0)
+    inputs = sum(n for n, _ in linear_shapes(c))
+    norms = {
+        "pre": 2 * c.width,
+        "sub": 2 * c.width + c.width + c.ff_width,
+        "inside": inputs,  # each linear layer's own
+    }
     return Parameters(
         embedding=c.vocab_size * c.width * (1 if c.tied_embeddings else 2),
-        quantized=c.layers * (attention + mlp),
-        norms=c.layers * norms + c.width,
+        quantized=c.layers * sum(n * p for n, p in linear_shapes(c)),
+        norms=c.layers * norms[c.norms] + c.width,
     )
+
+
+def linear_shapes(c: TransformerConfig) -> list[tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a block: q, k, v, out, gate, up, down."""
+    heads, kv_heads = c.heads * c.head_size, c.kv_heads * c.head_size
+    attention = [(c.width, heads), (c.width, kv_heads), (c.width, kv_heads), (heads, c.width)]
+    return attention + [(c.width, c.ff_width)] * (2 if c.gated else 1) + [(c.ff_width, c.width)]
 
 
 def forward_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
@@ -63,13 +73,23 @@ def training_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
 def model_bits(c: TransformerConfig, precision: Precision) -> float:
     """Bits of information in the stored model.
 
-    Kernels at the arm's `weight_bits` (log2 3 for trits) and one 16-bit scale each where quantized;
-    embedding, head and norms at 16 bits (32 in the fp32 arm).
+    Kernels at the arm's `weight_bits` (log2 3 for trits), with a 16-bit scale for each block of
+    weights that shares one where they are quantized; embedding, head and norms at 16 bits (32 in
+    the fp32 arm).
     """
     n = count_parameters(c)
-    rest_bits = 32 if precision.name == "fp32" else 16
-    scales = 7 * c.layers * 16 if precision.quantized else 0
-    return n.quantized * precision.weight_bits + (n.embedding + n.norms) * rest_bits + scales
+    scales = 16 * c.layers * sum(_scales(c, precision)) if precision.quantized else 0
+    rest = (n.embedding + n.norms) * precision.float_bits
+    return n.quantized * precision.weight_bits + rest + scales
+
+
+def _scales(c: TransformerConfig, precision: Precision) -> list[int]:
+    """How many scales each linear layer of a block has."""
+    kind, size = precision.granularity.kind, precision.granularity.size
+    return [
+        {"tensor": 1, "channel": p, "group": n // size * p, "shard": size}[kind]
+        for n, p in linear_shapes(c)
+    ]
 
 
 # Picojoules of one addition and one multiplication at 7 nm, as BitNet's papers use them
@@ -80,28 +100,33 @@ ENERGY_7NM_PJ = {"fp32": (0.38, 1.31), "fp16": (0.16, 0.34), "int8": (0.007, 0.0
 def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length: int) -> float:
     """Picojoules of arithmetic for one token of inference at 7 nm. Memory traffic is NOT in it.
 
-    A dense product of a row of n by an n x p matrix adds (n-1)p times and multiplies np times; a
-    quantized one adds int8 as often and multiplies only n + p times, in 16 bits, for its scales
-    (BitNet, arXiv:2310.11453, eq. 15-16). Attention and head are dense in every arm; attention is
-    counted at the sequence's mean causal length.
+    A dense product of a row of n by an n x p matrix adds (n-1)p times and multiplies np times.
+    With codes of -1, 0 and 1 nothing but the scales is multiplied, n + p times and in 16 bits
+    (BitNet, arXiv:2310.11453, eq. 15-16); longer codes multiply in int8. Additions are int8 where
+    the activations are codes (of up to 8 bits), else floats. Attention and head are dense in every
+    arm; attention is counted at the sequence's mean causal length.
     """
-    float_kind = "fp32" if precision.name == "fp32" else "fp16"
-    shapes = [(c.width, c.heads * c.head_size), (c.heads * c.head_size, c.width)]
-    shapes += [(c.width, c.kv_heads * c.head_size)] * 2
-    shapes += [(c.width, c.ff_width)] * 2 + [(c.ff_width, c.width)]
-    linear = sum(_product_energy(n, p, precision.quantized, float_kind) for n, p in shapes)
+    linear = sum(_linear_energy(n, p, precision) for n, p in linear_shapes(c))
+    floats = ENERGY_7NM_PJ["fp32" if precision.float_bits == 32 else "fp16"]
     keys = (sequence_length + 1) / 2
-    scores = _product_energy(c.head_size, keys, False, float_kind)
-    values = _product_energy(keys, c.head_size, False, float_kind)
-    head = _product_energy(c.width, c.vocab_size, False, float_kind)
+    scores = _dense_energy(c.head_size, keys, floats)
+    values = _dense_energy(keys, c.head_size, floats)
+    head = _dense_energy(c.width, c.vocab_size, floats)
     return c.layers * (linear + c.heads * (scores + values)) + head
 
 
-def _product_energy(n: float, p: float, quantized: bool, float_kind: str) -> float:
-    add, multiply = ENERGY_7NM_PJ[float_kind]
-    if quantized:
-        return ENERGY_7NM_PJ["int8"][0] * (n - 1) * p + multiply * (n + p)
-    return add * (n - 1) * p + multiply * n * p
+def _linear_energy(n: int, p: int, precision: Precision) -> float:
+    floats = ENERGY_7NM_PJ["fp32" if precision.float_bits == 32 else "fp16"]
+    if not precision.quantized:
+        return _dense_energy(n, p, floats)
+    add, multiply = ENERGY_7NM_PJ["int8"] if precision.activations != "none" else floats
+    q = precision.weight_quantizer
+    products = 0 if max(q.high, -q.low) == 1 else n * p
+    return add * (n - 1) * p + multiply * products + floats[1] * (n + p)
+
+
+def _dense_energy(n: float, p: float, unit: tuple[float, float]) -> float:
+    return unit[0] * (n - 1) * p + unit[1] * n * p
 
 
 def training_memory(
@@ -113,7 +138,7 @@ def training_memory(
     activations of every layer, or of one layer and the residual stream under remat; logits thrice.
     """
     copies = 4 + 3
-    compute_bytes = 4 if precision.name == "fp32" else 2
+    compute_bytes = precision.float_bits // 8
     streams = 6 * c.width * 4 + 2 * c.ff_width * 4
     products = (4 * c.width + 3 * c.ff_width) * compute_bytes
     attention = c.heads * sequence_length * (4 + compute_bytes)

@@ -7,25 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from bitnet_jax.matmul import quantized_dot
+from bitnet_jax.granularity import initial_step
+from bitnet_jax.hadamard import rotate_hadamard
+from bitnet_jax.matmul import Context, quantized_dot
 from bitnet_jax.precision import Precision
-
-
-class BitLinear(nn.Module):
-    """A linear layer without bias, computed through an arm's quantizers.
-
-    The kernel [in, out] is a float32 master in every arm; quantization happens on every forward
-    pass, inside the scanned body, so that a scale is one layer's and not the stack's.
-    """
-
-    features: int
-    precision: Precision
-    kernel_init: Callable
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*B D"]) -> Float[Array, "*B F"]:
-        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
-        return quantized_dot(x, kernel, self.precision)
 
 
 class RMSNorm(nn.Module):
@@ -39,6 +24,45 @@ class RMSNorm(nn.Module):
         x = x.astype(jnp.float32)
         mean_square = jnp.mean(x * x, axis=-1, keepdims=True)
         return x / jnp.sqrt(mean_square + self.epsilon) * scale.reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class BitLinear(nn.Module):
+    """A linear layer without bias, computed through an arm's quantizers.
+
+    The kernel [in, out] is a float32 master in every arm; quantization happens on every forward
+    pass, inside the scanned body, so that a scale is one layer's and not the stack's.
+
+    residual: whether the result is added to the residual stream. Such a layer's inputs are rotated
+      where the arm says so, and tensor parallelism would cut its kernel along the inputs.
+    norm_epsilon: of an RMSNorm of the layer's own input, which None leaves out.
+    """
+
+    features: int
+    precision: Precision
+    kernel_init: Callable
+    residual: bool = False
+    norm_epsilon: float | None = None
+
+    @nn.compact
+    def __call__(
+        self, x: Float[Array, "*B D"], strength: Float[Array, ""] | None = None
+    ) -> Float[Array, "*B F"]:
+        arm = self.precision
+        kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
+        step = None
+        if arm.weight_quantizer.learned:
+            step = self.param("step", lambda key: self._initial_step(kernel))
+        if self.norm_epsilon is not None:
+            x = RMSNorm(self.norm_epsilon, name="norm")(x)
+        if self.residual and arm.rotate:
+            x = rotate_hadamard(x).astype(x.dtype)
+        draws = arm.stochastic and self.has_rng("rounding")
+        context = Context(strength, self.make_rng("rounding") if draws else None)
+        return quantized_dot(x, kernel, step, context, arm, self.residual)
+
+    def _initial_step(self, kernel: Float[Array, "D F"]) -> Float[Array, "..."]:
+        arm = self.precision
+        return initial_step(arm.weight_quantizer, arm.granularity, kernel, self.residual)
 
 
 def rotary_angles(length: int, head_size: int, theta: float) -> tuple[np.ndarray, np.ndarray]:

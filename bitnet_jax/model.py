@@ -3,10 +3,10 @@
 Axes: B batch, T query and S key length, D embed, F feed-forward, N query heads, K key-value heads,
 H head size, V vocabulary, L layers.
 
-The block is BitNet b1.58's (2B4T report, arXiv:2504.12285): RMSNorm before attention and MLP, a
-further one before the attention's output projection and before the MLP's down projection (SubLN),
-rotary positions, squared ReLU gate, no biases. Embedding, head and norms are never quantized.
-The residual stream is float32 in every arm (see `precision.py`).
+The default block is BitNet b1.58's (2B4T report, arXiv:2504.12285): RMSNorm before attention and
+MLP, a further one before the attention's output projection and before the MLP's down projection
+(SubLN), rotary positions, squared ReLU gate, no biases. Embedding, head and norms are never
+quantized. The residual stream is float32 in every arm (see `precision.py`).
 """
 
 import dataclasses
@@ -18,14 +18,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.attention import causal_attention
+from bitnet_jax.initializers import INITIALIZERS
 from bitnet_jax.layers import BitLinear, RMSNorm, rotary_angles, rotate
-from bitnet_jax.matmul import quantized_dot
+from bitnet_jax.matmul import DEPLOYED, Context, plain_dot
 from bitnet_jax.precision import Precision
+
+NORMS = ("sub", "pre", "inside")
 
 
 @dataclasses.dataclass(frozen=True)
 class TransformerConfig:
-    """The shape of a transformer. `ladder.py` holds the named ones."""
+    """The shape of a transformer. `ladder.py` holds the named ones.
+
+    activation, gated: the MLP is act(gate x) * (up x), or act(up x) without a gate.
+    norms: where RMSNorm stands. `pre`: before attention and MLP (TriLM, LLaMA). `sub`: and before
+      the two projections that add to the residual stream (BitNet b1.58 2B4T). `inside`: in every
+      linear layer and nowhere else in the block (BitNet b1.58's FAQ).
+    init: of the kernels, a name in `initializers.py`.
+    """
 
     vocab_size: int
     layers: int
@@ -34,7 +44,9 @@ class TransformerConfig:
     heads: int
     kv_heads: int
     activation: str = "relu2"
-    sub_norms: bool = True
+    gated: bool = True
+    norms: str = "sub"
+    init: str = "fan_in"
     tied_embeddings: bool = True
     rope_theta: float = 500_000.0
     norm_epsilon: float = 1e-5
@@ -48,15 +60,8 @@ class TransformerConfig:
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu2": lambda x: jnp.square(jax.nn.relu(x)),
     "silu": jax.nn.silu,
+    "gelu": jax.nn.gelu,
 }
-
-# Variance 1/fan_in keeps a unit-RMS input at unit variance. The two projections that add to the
-# residual stream are scaled by 1/sqrt(2L), so that its variance does not grow with depth (GPT-2).
-_fan_in_init = nn.initializers.variance_scaling(1.0, "fan_in", "normal")
-
-
-def _residual_init(layers: int) -> Callable:
-    return nn.initializers.variance_scaling(1.0 / (2 * layers), "fan_in", "normal")
 
 
 class Attention(nn.Module):
@@ -66,39 +71,62 @@ class Attention(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], strength: Float[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
         c = self.config
         batch, length, _ = x.shape
 
         def project(name: str, heads: int) -> Float[Array, "B T N H"]:
-            y = BitLinear(heads * c.head_size, self.precision, _fan_in_init, name=name)(x)
+            y = linear(c, self.precision, name, heads * c.head_size)(x, strength)
             return y.reshape(batch, length, heads, c.head_size)
 
         q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads)
         angles = rotary_angles(length, c.head_size, c.rope_theta)
         q, k = rotate(q, angles), rotate(k, angles)
         y = causal_attention(q, k, v).reshape(batch, length, c.width)
-        if c.sub_norms:
+        if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
-        return BitLinear(c.width, self.precision, _residual_init(c.layers), name="out")(y)
+        return linear(c, self.precision, "out", c.width)(y, strength)
 
 
 class Mlp(nn.Module):
-    """Gated feed-forward layer: down(act(gate(x)) * up(x))."""
+    """Feed-forward layer: down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
 
     config: TransformerConfig
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+    def __call__(
+        self, x: Float[Array, "B T D"], strength: Float[Array, ""] | None
+    ) -> Float[Array, "B T D"]:
         c = self.config
-        gate = BitLinear(c.ff_width, self.precision, _fan_in_init, name="gate")(x)
-        up = BitLinear(c.ff_width, self.precision, _fan_in_init, name="up")(x)
+        activation = ACTIVATIONS[c.activation]
         # In float32: a squared ReLU passes float16's 65504 already at 256.
-        y = ACTIVATIONS[c.activation](gate.astype(jnp.float32)) * up.astype(jnp.float32)
-        if c.sub_norms:
+        y = linear(c, self.precision, "up", c.ff_width)(x, strength).astype(jnp.float32)
+        if c.gated:
+            gate = linear(c, self.precision, "gate", c.ff_width)(x, strength)
+            y = activation(gate.astype(jnp.float32)) * y
+        else:
+            y = activation(y)
+        if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
-        return BitLinear(c.width, self.precision, _residual_init(c.layers), name="down")(y)
+        return linear(c, self.precision, "down", c.width)(y, strength)
+
+
+RESIDUAL_PROJECTIONS = ("out", "down")  # those that add to the residual stream
+
+
+def linear(c: TransformerConfig, precision: Precision, name: str, features: int) -> BitLinear:
+    """The block's projection called `name`. Called inside a module, which it becomes part of."""
+    return BitLinear(
+        features,
+        precision,
+        INITIALIZERS[c.init](name, c.layers, precision),
+        residual=name in RESIDUAL_PROJECTIONS,
+        norm_epsilon=c.norm_epsilon if c.norms == "inside" else None,
+        name=name,
+    )
 
 
 class Block(nn.Module):
@@ -108,12 +136,17 @@ class Block(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, x: Float[Array, "B T D"]) -> tuple[Float[Array, "B T D"], None]:
-        c = self.config
-        y = RMSNorm(c.norm_epsilon, name="attention_norm")(x)
-        x = x + Attention(c, self.precision, name="attention")(y).astype(jnp.float32)
-        y = RMSNorm(c.norm_epsilon, name="mlp_norm")(x)
-        return x + Mlp(c, self.precision, name="mlp")(y).astype(jnp.float32), None
+    def __call__(
+        self, x: Float[Array, "B T D"], strength: Float[Array, ""] | None
+    ) -> tuple[Float[Array, "B T D"], None]:
+        def normed(name: str, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+            c = self.config
+            return x if c.norms == "inside" else RMSNorm(c.norm_epsilon, name=name)(x)
+
+        attention = Attention(self.config, self.precision, name="attention")
+        x = x + attention(normed("attention_norm", x), strength).astype(jnp.float32)
+        mlp = Mlp(self.config, self.precision, name="mlp")
+        return x + mlp(normed("mlp_norm", x), strength).astype(jnp.float32), None
 
 
 class Transformer(nn.Module):
@@ -127,7 +160,9 @@ class Transformer(nn.Module):
     precision: Precision
 
     @nn.compact
-    def __call__(self, tokens: Int[Array, "B T"]) -> Float[Array, "B T V"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], strength: Float[Array, ""] | None = None
+    ) -> Float[Array, "B T V"]:
         c = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width), jnp.float32
@@ -135,28 +170,64 @@ class Transformer(nn.Module):
         x = jnp.take(embedding, tokens, axis=0)
         block = nn.remat(Block, prevent_cse=False) if c.remat else Block
         blocks = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, length=c.layers
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "rounding": True},
+            in_axes=nn.broadcast,
+            length=c.layers,
         )
-        x, _ = blocks(c, self.precision, name="blocks")(x)
+        x, _ = blocks(c, self.precision, name="blocks")(x, strength)
         x = RMSNorm(c.norm_epsilon, name="final_norm")(x)
         head = embedding
         if not c.tied_embeddings:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
             head = self.param("head", init, (c.vocab_size, c.width), jnp.float32)
-        return quantized_dot(x, head, unquantized(self.precision), True).astype(jnp.float32)
-
-
-def unquantized(precision: Precision) -> Precision:
-    """The arm's compute dtype without its quantizers, as embedding and head use it."""
-    return dataclasses.replace(precision, weights="none", activations="none")
+        return plain_dot(x, head, self.precision).astype(jnp.float32)
 
 
 def init_params(config: TransformerConfig, precision: Precision, key: Array) -> dict:
-    """Float32 master parameters: the same tree and the same values in every arm."""
+    """Float32 master parameters: the same tree and the same values in every arm.
+
+    Exceptions that a config asks for: learned scales are further parameters, and the initialisation
+    called `quantizer` depends on the arm.
+    """
     tokens = jnp.zeros((1, 2), jnp.int32)
     return Transformer(config, precision).init(key, tokens)["params"]
+
+
+def apply_model(
+    config: TransformerConfig,
+    precision: Precision,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    context: Context = DEPLOYED,
+) -> Float[Array, "B T V"]:
+    """Logits in the arm's precision; by default as the model is evaluated and used."""
+    rngs = None if context.key is None else {"rounding": context.key}
+    model = Transformer(config, precision)
+    return model.apply({"params": params}, tokens, context.strength, rngs=rngs)  # type: ignore
 
 
 def linear_kernel(path: tuple) -> bool:
     """Whether a parameter's tree path names a kernel that the arm quantizes."""
     return getattr(path[-1], "key", path[-1]) == "kernel"
+
+
+def linear_layers(params: dict) -> dict[str, dict]:
+    """Parameters of every linear layer, stacked over blocks, by names such as `attention/q`."""
+    groups = params["blocks"]
+    return {
+        f"{group}/{name}": layer
+        for group in ("attention", "mlp")
+        for name, layer in groups[group].items()
+        if "kernel" in layer
+    }
+
+
+def with_linear_layers(params: dict, changes: dict[str, dict]) -> dict:
+    """The parameters with changed ones in some linear layers, by the names of `linear_layers`."""
+    blocks = {group: dict(layers) for group, layers in params["blocks"].items()}
+    for name, changed in changes.items():
+        group, projection = name.split("/")
+        blocks[group][projection] = {**blocks[group][projection], **changed}
+    return {**params, "blocks": blocks}

@@ -3,6 +3,7 @@
 from typing import Any
 
 from bitnet_jax import cost
+from bitnet_jax.quantize import normal_error
 from bitnet_jax.spec import RunSpec
 from bitnet_jax.tracking import SCHEMA_VERSION
 
@@ -15,7 +16,7 @@ def endpoint_row(spec: RunSpec, endpoint: dict[str, Any], provenance: dict[str, 
     FLOPs are the trajectory's own, as if it had been trained alone: sharing a trunk saves the
     sweep's time, not the endpoint's cost.
     """
-    model, precision = spec.step.model, spec.step.precision
+    model, precision = spec.deployed.model, spec.deployed.precision
     parameters = cost.count_parameters(model)
     tokens = endpoint["end"] * spec.batch_tokens
     return {
@@ -38,6 +39,7 @@ def endpoint_row(spec: RunSpec, endpoint: dict[str, Any], provenance: dict[str, 
         "energy_pj_per_token": cost.energy_per_token(model, precision, spec.data.sequence_length),
         "peak_lr": spec.peak_lr,
         "weight_decay": spec.weight_decay,
+        "weight_mse": normal_error(precision.weight_quantizer),
         "batch_tokens": spec.batch_tokens,
         "schedule": spec.schedule.name,
         "warmup_tokens": spec.schedule.warmup_steps * spec.batch_tokens,
@@ -48,4 +50,5 @@ def endpoint_row(spec: RunSpec, endpoint: dict[str, Any], provenance: dict[str, 
         "jax_version": provenance["jax_version"],
         "git_commit": provenance["git_commit"],
         "schema_version": SCHEMA_VERSION,
+        **{f"tag_{key}": value for key, value in spec.tags},
     }

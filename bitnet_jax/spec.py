@@ -9,6 +9,7 @@ import numpy as np
 
 from bitnet_jax import cost
 from bitnet_jax.optim import OptimizerConfig, Schedule
+from bitnet_jax.phases import Phases
 from bitnet_jax.train_step import StepConfig
 from bitnet_jax.trajectory import Segment, plan_segments, total_ticks
 
@@ -25,7 +26,10 @@ class DataSpec:
 
 @dataclasses.dataclass(frozen=True)
 class RunSpec:
-    """One training trajectory. `ends` are the optimizer steps at which an endpoint is measured."""
+    """One training trajectory. `ends` are the optimizer steps at which an endpoint is measured.
+
+    tags: words that a sweep wants beside the results; they are no part of the identity.
+    """
 
     size: str
     seed_init: int
@@ -37,6 +41,8 @@ class RunSpec:
     schedule: Schedule
     peak_lr: float
     weight_decay: float
+    phases: Phases = Phases()
+    tags: tuple[tuple[str, str], ...] = ()
 
     @property
     def batch_tokens(self) -> int:
@@ -45,6 +51,11 @@ class RunSpec:
     @property
     def optimizer(self) -> OptimizerConfig:
         return self.step.optimizer
+
+    @property
+    def deployed(self) -> StepConfig:
+        """The arm that endpoints are evaluated in: the late one, where there is one."""
+        return self.phases.deployed(self.step)
 
     @property
     def segments(self) -> tuple[Segment, ...]:
@@ -63,7 +74,10 @@ class RunSpec:
     def identity(self) -> dict[str, Any]:
         """Everything that can change the result, as plain JSON values."""
         values = _plain(dataclasses.asdict(self))
-        del values["step"]["precision"]["carrier"]  # its choices are equal bit for bit
+        del values["tags"]
+        for precision in (values["step"]["precision"], values["phases"]["late"]):
+            if precision:
+                del precision["carrier"]  # its choices are equal bit for bit
         return values
 
     @property

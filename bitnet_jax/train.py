@@ -1,7 +1,6 @@
 """The training loop: a resolved run in, endpoints out, and nothing lost in between."""
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,16 +10,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import tracking
-from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax import telemetry, tracking
+from bitnet_jax.checkpoint import Checkpointer, save_model
 from bitnet_jax.data import Corpus, train_batches, validation_rows
+from bitnet_jax.evaluate import held_out_loss
+from bitnet_jax.gradient_check import estimator_cosine
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.spec import RunSpec
-from bitnet_jax.telemetry import zero_fraction
 from bitnet_jax.train_step import (
+    StepConfig,
     TrainState,
-    compiled_eval_step,
     compiled_init,
     compiled_train_step,
 )
@@ -43,12 +43,18 @@ class LoopOptions:
     """What a run does beside training. None of it can change a result.
 
     log_every, eval_every: optimizer steps; 0 evaluates at endpoints only.
+    log_layers: a further line with the statistics of each projection of each block.
+    gradient_sample: weights on which an endpoint's gradient is compared with finite differences.
     checkpoint_seconds: between checkpoints.
+    keep_model: write the last endpoint's parameters.
     """
 
     log_every: int = 50
     eval_every: int = 0
+    log_layers: bool = True
+    gradient_sample: int = 0
     checkpoint_seconds: float = 60.0
+    keep_model: bool = True
     wandb_mode: str | None = None
     wandb_project: str = "bitnet_jax"
 
@@ -77,6 +83,7 @@ class Progress:
     tail: list[float] = dataclasses.field(default_factory=list)
     train_loss: float | None = None
     grad_norm: float | None = None
+    regularizer: float | None = None
     loss_scale: float = 1.0
     skips: int = 0
     worst_skips: int = 0
@@ -136,7 +143,7 @@ class _Loop:
     def __init__(
         self, spec: RunSpec, corpus: Corpus, run_dir: Path, options: LoopOptions, config: dict
     ):
-        self.spec, self.options = spec, options
+        self.spec, self.options, self.run_dir = spec, options, run_dir
         self.segments = spec.segments
         self.batches = train_batches(
             corpus.train, spec.data.sequence_length, spec.batch_size, spec.seed_data
@@ -170,11 +177,13 @@ class _Loop:
             if step == segment.start:
                 self._begin(segment)
             factors = self.spec.schedule.factors(step, segment.decay)
-            self._dispatch(step, *factors)
+            self._remember(step, segment)
+            self._dispatch(step, segment, *factors)
             done, last = step + 1, step + 1 == segment.end
             # Before the checkpoint below, which would otherwise not know of this line.
             if self.options.eval_every and done % self.options.eval_every == 0 and not last:
-                self._write("eval", segment, done, valid_loss=self._evaluate()[0])
+                valid_loss = self._evaluate(self._evaluated(step, segment))[0]
+                self._write("eval", segment, done, valid_loss=valid_loss)
             if done % self.options.log_every == 0 or last:
                 self._log_train(segment, done, *factors)
                 watch(self._report())
@@ -200,11 +209,22 @@ class _Loop:
         undecayed = segment.is_decay and last and self.progress.skips >= segment.steps
         return undecayed or self.progress.worst_skips >= SKIPS_TO_DIVERGE
 
-    def _dispatch(self, step: int, lr_factor: float, decay_factor: float) -> None:
+    def _remember(self, step: int, segment: Segment) -> None:
+        """Before the last two steps of a log interval, keep the codes that they start from."""
+        every = self.options.log_every
+        next_log = min((step // every + 1) * every, segment.end)
+        if self.spec.step.precision.quantized and next_log - step <= 2:
+            snapshots = telemetry.remember(
+                self.state.snapshots, self.state.params, self.spec.step.precision
+            )
+            self.state = self.state.replace(snapshots=snapshots)
+
+    def _dispatch(self, step: int, segment: Segment, lr_factor: float, decay_factor: float) -> None:
         learning_rate = np.float32(lr_factor * self.spec.peak_lr)
         weight_decay = np.float32(decay_factor * self.spec.weight_decay)
-        self.state, metrics = compiled_train_step(self.spec.step)(
-            self.state, self.batches[step], learning_rate, weight_decay
+        program, strength = self.spec.phases.program(self.spec.step, step, segment.decay)
+        self.state, metrics = compiled_train_step(program)(
+            self.state, self.batches[step], learning_rate, weight_decay, np.float32(strength)
         )
         self.pending.append(metrics)
         self.progress.tick += 1
@@ -217,6 +237,8 @@ class _Loop:
             progress.worst_skips = max(progress.worst_skips, progress.skips)
             progress.skipped += int(progress.skips > 0)
             progress.grad_norm = _number(metrics["grad_norm"])
+            if "regularizer" in metrics:
+                progress.regularizer = _number(metrics["regularizer"])
             progress.loss_scale = float(metrics["loss_scale"])
             if progress.skips == 0:
                 progress.window.append(float(metrics["loss"]))
@@ -239,17 +261,39 @@ class _Loop:
         }
         if step.precision.loss_scaling:
             values["loss_scale"] = progress.loss_scale
+        if step.regularizer != "none":
+            values["regularizer"] = progress.regularizer
+        if self.spec.phases.warmup != "none":
+            values["strength"] = self.spec.phases.program(step, done - 1, segment.decay)[1]
         if step.precision.quantized:
-            zeros = zero_fraction(self.state.params, step.precision)
-            values["zero_fraction"] = _number(zeros)
+            self._log_latents(segment, done, values)
         self._write("train", segment, done, **values)
 
+    def _log_latents(self, segment: Segment, done: int, values: dict[str, float | None]) -> None:
+        """Add the latents' statistics to a train line, and write the line of the layers."""
+        snapshots, stats = telemetry.observe(
+            self.state.snapshots, self.state.params, self.spec.step.precision
+        )
+        self.state = self.state.replace(snapshots=snapshots)
+        stats = jax.device_get(stats)
+        sizes = {name: codes[0].size for name, codes in snapshots.logged.items()}
+        means = telemetry.summarize(stats, sizes)
+        values.update({f"latent_{key}": _number(value) for key, value in means.items()})
+        if self.options.log_layers:
+            layers = {
+                name: {key: [_short(x) for x in row] for key, row in layer.items()}
+                for name, layer in stats.items()
+            }
+            self.log.write({"kind": "layers", **self._place(segment, done), "layers": layers})
+
     def _write(self, kind: str, segment: Segment, done: int, **values: float | None) -> None:
-        branch = segment.end * self.spec.batch_tokens if segment.is_decay else None
-        place = {"step": done, "tokens": done * self.spec.batch_tokens, "decay_to": branch}
-        self.log.write({"kind": kind, **place, **values})
+        self.log.write({"kind": kind, **self._place(segment, done), **values})
         numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
         self.wandb.log(numbers, self.progress.tick)
+
+    def _place(self, segment: Segment, done: int) -> dict[str, int | None]:
+        branch = segment.end * self.spec.batch_tokens if segment.is_decay else None
+        return {"step": done, "tokens": done * self.spec.batch_tokens, "decay_to": branch}
 
     def _report(self) -> Report:
         now, tick = time.monotonic(), self.progress.tick
@@ -258,30 +302,37 @@ class _Loop:
         self.last_report, self.reported_tick = now, tick
         return Report(tick, total_ticks(self.segments), self.progress.train_loss, rate)
 
-    def _evaluate(self) -> tuple[float | None, float | None]:
-        """Held-out loss and its standard error, nats a token, over the fixed validation rows.
+    def _evaluated(self, step: int, segment: Segment) -> StepConfig:
+        """The arm of this step, with all its quantization."""
+        program, _ = self.spec.phases.program(self.spec.step, step, segment.decay)
+        return dataclasses.replace(program, warming=False)
 
-        The error treats rows as independent. Both are None where the loss is not finite.
-        """
-        evaluate = compiled_eval_step(self.spec.step)
-        size = self.spec.batch_size
-        short = -len(self.rows) % size
-        rows = np.concatenate([self.rows, np.repeat(self.rows[-1:], short, axis=0)])
-        batches = rows.reshape(-1, size, rows.shape[1])
-        nats = np.concatenate(jax.device_get([evaluate(self.state.params, b) for b in batches]))
-        nats = nats[: len(self.rows)].astype(np.float64)
-        error = nats.std(ddof=1) / math.sqrt(len(nats)) if len(nats) > 1 else math.nan
-        return _number(nats.mean()), _number(error)
+    def _evaluate(self, program: StepConfig) -> tuple[float | None, float | None]:
+        """Held-out loss and its standard error; None where they are not finite."""
+        values = held_out_loss(program, self.state.params, self.rows, self.spec.batch_size)
+        return _number(values[0]), _number(values[1])
 
     def _finish_decay(self, index: int, diverged: bool) -> None:
         """Record the endpoint and put the trunk back."""
         segment = self.segments[index]
-        loss, error = (None, None) if diverged else self._evaluate()
+        loss, error = (None, None) if diverged else self._evaluate(self.spec.deployed)
         self._record(segment, loss, error)
-        self._write("endpoint", segment, segment.end, valid_loss=loss, valid_loss_stderr=error)
+        values = {"valid_loss": loss, "valid_loss_stderr": error}
+        if self.options.gradient_sample and self.spec.step.precision.quantized and loss is not None:
+            values["gradient_cosine"] = self._gradient_cosine()
+        self._write("endpoint", segment, segment.end, **values)
+        if self.options.keep_model and segment.end == self.spec.ends[-1]:
+            save_model(self.run_dir, self.state.params)
         assert self.stash is not None
         self.state, self.stash = self.stash, None
         self._jump_to(index + 1)
+
+    def _gradient_cosine(self) -> float | None:
+        """On the first held-out rows, and weights drawn by the run's seed."""
+        rows, seed = self.rows[: self.spec.batch_size], self.spec.seed_init
+        sample = self.options.gradient_sample
+        cosine = estimator_cosine(self.spec.deployed, sample, self.state.params, rows, seed)
+        return _number(cosine)
 
     def _give_up(self, index: int) -> None:
         """The trunk diverged: so has every endpoint that would have come of it."""
@@ -335,3 +386,8 @@ class _Loop:
 def _number(value: Any) -> float | None:
     """A JSON number; None for what JSON cannot hold."""
     return float(value) if np.isfinite(value) else None
+
+
+def _short(value: Any) -> float | None:
+    """The same to five digits: a line holds hundreds of these."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None

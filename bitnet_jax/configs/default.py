@@ -10,7 +10,7 @@ def get_config() -> ConfigDict:
     """The default run: 330k non-embedding parameters, ternary, 1M bytes of WikiText-2."""
     c = ConfigDict()
     c.name = "single"  # results go to <workdir>/<name>/
-    c.precision = "ternary"  # the arm: ternary, fp16, bf16, fp32 (bitnet_jax/precision.py)
+    c.precision = "ternary"  # the arm: ternary, binary, fp16, bf16, fp32 (bitnet_jax/precision.py)
     c.seed = 0  # what both seeds below are unless set
 
     c.seeds = ConfigDict()
@@ -24,12 +24,30 @@ def get_config() -> ConfigDict:
     c.model.ff_width = config_dict.placeholder(int)
     c.model.heads = config_dict.placeholder(int)
     c.model.kv_heads = config_dict.placeholder(int)
-    c.model.activation = "relu2"  # relu2 (BitNet 2B4T) or silu, of the gate
-    c.model.sub_norms = True  # RMSNorm before the attention output and MLP down projections
+    c.model.activation = "relu2"  # relu2 (BitNet 2B4T), silu, gelu
+    c.model.gated = True  # MLP is act(gate x) * (up x), else act(up x)
+    c.model.norms = (
+        "sub"  # RMSNorm: pre (LLaMA), sub (and before out and down), inside (each linear)
+    )
+    c.model.init = "fan_in"  # of kernels: fan_in, flax, nanotron, subln, quantizer
     c.model.tied_embeddings = True  # head = embedding transposed
     c.model.rope_theta = 500_000.0  # base of the rotary frequencies
     c.model.norm_epsilon = 1e-5  # inside every RMSNorm
     c.model.remat = False  # recompute each block in the backward pass: less memory, more time
+
+    c.quantization = ConfigDict()  # changes to the arm; without a value, the arm's own
+    c.quantization.weights = config_dict.placeholder(str)  # a name in bitnet_jax/quantize.py
+    c.quantization.activations = config_dict.placeholder(str)  # the same table; a scale a token
+    c.quantization.granularity = config_dict.placeholder(str)  # tensor, channel, group, shard
+    c.quantization.granularity_size = config_dict.placeholder(int)  # weights a group, or shards
+    c.quantization.estimator = config_dict.placeholder(str)  # identity, clipped, trust, stochastic
+    c.quantization.activation_estimator = config_dict.placeholder(str)  # the same
+    c.quantization.rotate = config_dict.placeholder(bool)  # Hadamard before out and down
+    c.quantization.warmup = "none"  # strength of quantization: linear, exponential, sigmoid
+    c.quantization.warmup_fraction = 0.25  # of the smallest budget
+    c.quantization.steepness = 8.0  # k of the exponential and sigmoid warm-ups
+    c.quantization.late_activations = config_dict.placeholder(str)  # of each endpoint's last part
+    c.quantization.late_fraction = 0.05  # of each budget, at its end
 
     c.matmul = ConfigDict()
     c.matmul.carrier = "bfloat16"  # dtype that carries int8 codes forward; int8 gives equal results
@@ -44,22 +62,29 @@ def get_config() -> ConfigDict:
     c.train.microbatches = 1  # gradient accumulation: the batch is cut into so many parts
 
     c.schedule = ConfigDict()
-    c.schedule.name = "wsd"  # wsd (several endpoints), cosine, two_stage (BitNet's)
+    c.schedule.name = "wsd"  # wsd (several endpoints), cosine, two_stage (BitNet's), trilm
     c.schedule.warmup_fraction = 0.1  # of the smallest budget
     c.schedule.decay_fraction = 0.2  # of each budget, at its end (wsd)
     c.schedule.final_ratio = 0.0  # last learning rate over peak
+    c.schedule.second_peak = 2 / 3  # second peak over first (two_stage, trilm)
 
     c.optim = ConfigDict()
-    c.optim.name = "adamw"
+    c.optim.name = "adamw"  # adamw, lion, muon (kernels), bop (kernels: flips of their codes)
     c.optim.peak_lr = config_dict.placeholder(float)  # default: tuned for arm and size (optim.py)
     c.optim.weight_decay = 0.1  # decoupled, times the learning rate; matrices only
     c.optim.b1 = 0.9
     c.optim.b2 = 0.95
     c.optim.epsilon = 1e-8
     c.optim.clip_norm = 1.0  # global gradient norm
+    c.optim.latents = "float32"  # kernels between steps: float32, bfloat16, bfloat16_stochastic
+    c.optim.latent_clip = 0.0  # kernels stay within this many initial deviations; 0 for free
+    c.optim.bop_ratio = 0.2  # Bop's adaptivity rate over the learning rate
+    c.optim.bop_threshold = 1e-5  # momentum that flips a code
 
     c.loss = ConfigDict()
     c.loss.z_loss = 0.0  # weight of mean log^2 Z
+    c.loss.regularizer = "none"  # on latent weights: none, sin2, dampening
+    c.loss.regularizer_weight = 0.0  # its coefficient; negative pushes weights off their levels
 
     c.eval = ConfigDict()
     c.eval.tokens = 262_144  # held-out tokens, the same for every run; 0 for all
@@ -67,9 +92,12 @@ def get_config() -> ConfigDict:
 
     c.log = ConfigDict()
     c.log.every = 50  # optimizer steps a line of metrics.jsonl
+    c.log.layers = True  # a further line with the statistics of every projection of every block
+    c.log.gradient_sample = 0  # weights on which an endpoint's gradient meets finite differences
 
     c.checkpoint = ConfigDict()
     c.checkpoint.seconds = 60.0  # between checkpoints
+    c.checkpoint.keep_model = True  # the last endpoint's parameters, in the run's model/
 
     c.tracking = ConfigDict()
     c.tracking.wandb = config_dict.placeholder(
@@ -77,5 +105,6 @@ def get_config() -> ConfigDict:
     )  # online, offline, disabled; default: $WANDB_MODE, else offline
     c.tracking.project = "bitnet_jax"  # Weights & Biases project
 
+    c.tags = ConfigDict()  # words a sweep wants beside its results, in columns tag_...; no effect
     c.sweep = ConfigDict()  # the axes of a sweep; each sweep file fills in its own
     return c

@@ -4,17 +4,23 @@ Each failure is a ConfigError of one line that names the key, its value and what
 """
 
 import hashlib
-import math
-from typing import Any
 
 from ml_collections import ConfigDict
 
 from bitnet_jax import cost, ladder
+from bitnet_jax.configs import arms
+from bitnet_jax.configs.checks import check_finite, choose, require
 from bitnet_jax.data import Corpus
-from bitnet_jax.errors import ConfigError
-from bitnet_jax.model import ACTIVATIONS, TransformerConfig
-from bitnet_jax.optim import SCHEDULES, OptimizerConfig, Schedule, tuned_peak_lr
-from bitnet_jax.precision import get_precision
+from bitnet_jax.initializers import INITIALIZERS
+from bitnet_jax.model import ACTIVATIONS, NORMS, TransformerConfig
+from bitnet_jax.optim import (
+    LATENTS,
+    OPTIMIZERS,
+    SCHEDULES,
+    OptimizerConfig,
+    Schedule,
+    tuned_peak_lr,
+)
 from bitnet_jax.spec import DataSpec, RunSpec
 from bitnet_jax.train import LoopOptions
 from bitnet_jax.train_step import StepConfig
@@ -26,35 +32,45 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
     Raises:
       ConfigError: a value that cannot work, or two that cannot work together.
     """
-    _check_finite(config)
+    check_finite(config)
     model = _model(config, corpus.vocab_size)
-    precision = get_precision(config.precision, config.matmul.carrier)
+    precision = arms.resolve_precision(config, model)
     batch_size = _batch_size(config)
     ends = _ends(config)
     schedule = _schedule(config, ends)
+    precision, phases = arms.resolve_phases(config, precision, schedule, ends)
+    optimizer = _optimizer(config)
+    arms.check_optimizer(optimizer, precision)
+    arms.check_regularizer(config, precision)
     peak_lr = config.optim.peak_lr
     if peak_lr is None:
         peak_lr = tuned_peak_lr(precision, cost.count_parameters(model).non_embedding)
-    _require(peak_lr > 0, "optim.peak_lr", peak_lr, "it must be positive")
-    _require(
+    require(peak_lr > 0, "optim.peak_lr", peak_lr, "it must be positive")
+    require(
         config.optim.weight_decay >= 0,
         "optim.weight_decay",
         config.optim.weight_decay,
         "it must not be negative",
     )
-    _require(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "it must not be negative")
+    require(config.loss.z_loss >= 0, "loss.z_loss", config.loss.z_loss, "it must not be negative")
     seeds = {
         key: config.seed if config.seeds[key] is None else config.seeds[key]
         for key in ("init", "data")
     }
     for key, seed in seeds.items():
-        _require(0 <= seed < 2**31, f"seeds.{key}", seed, "it must lie in [0, 2^31)")
+        require(0 <= seed < 2**31, f"seeds.{key}", seed, "it must lie in [0, 2^31)")
     return RunSpec(
         size=_size_name(config),
         seed_init=seeds["init"],
         seed_data=seeds["data"],
         step=StepConfig(
-            model, precision, _optimizer(config), config.loss.z_loss, config.train.microbatches
+            model,
+            precision,
+            optimizer,
+            float(config.loss.z_loss),
+            config.loss.regularizer,
+            float(config.loss.regularizer_weight),
+            config.train.microbatches,
         ),
         data=_data(config, corpus),
         batch_size=batch_size,
@@ -62,6 +78,8 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
         schedule=schedule,
         peak_lr=float(peak_lr),
         weight_decay=float(config.optim.weight_decay),
+        phases=phases,
+        tags=tuple((key, str(value)) for key, value in sorted(config.tags.items())),
     )
 
 
@@ -71,34 +89,25 @@ def loop_options(config: ConfigDict) -> LoopOptions:
     Raises:
       ConfigError: a value that cannot work.
     """
-    _require(config.log.every >= 1, "log.every", config.log.every, "it must be at least 1")
-    _require(config.eval.every >= 0, "eval.every", config.eval.every, "it must not be negative")
+    require(config.log.every >= 1, "log.every", config.log.every, "it must be at least 1")
+    require(config.eval.every >= 0, "eval.every", config.eval.every, "it must not be negative")
     seconds = config.checkpoint.seconds
-    _require(seconds >= 0, "checkpoint.seconds", seconds, "it must not be negative")
+    require(seconds >= 0, "checkpoint.seconds", seconds, "it must not be negative")
+    sample = config.log.gradient_sample
+    require(sample >= 0, "log.gradient_sample", sample, "it must not be negative")
     modes = (None, "online", "offline", "disabled")
     wandb = config.tracking.wandb
-    _require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
+    require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
     return LoopOptions(
         log_every=config.log.every,
         eval_every=config.eval.every,
         checkpoint_seconds=seconds,
+        log_layers=config.log.layers,
+        gradient_sample=config.log.gradient_sample,
+        keep_model=config.checkpoint.keep_model,
         wandb_mode=wandb,
         wandb_project=config.tracking.project,
     )
-
-
-def _require(condition: bool, key: str, value: Any, right: str) -> None:
-    if not condition:
-        raise ConfigError(f"{key}={value!r}: {right}")
-
-
-def _check_finite(config: ConfigDict, prefix: str = "") -> None:
-    """No number of a config may be infinite; NaN fails the bounds of each key."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            _check_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            _require(not math.isinf(value), prefix + key, value, "it must be finite")
 
 
 SHAPE_KEYS = ladder.Shape._fields
@@ -115,30 +124,29 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     shape = ladder.get_shape(m.size)._asdict()
     shape.update({key: m[key] for key in SHAPE_KEYS if m[key] is not None})
     for key, value in shape.items():
-        _require(value >= 1, f"model.{key}", value, "it must be at least 1")
+        require(value >= 1, f"model.{key}", value, "it must be at least 1")
     width, heads, kv_heads = shape["width"], shape["heads"], shape["kv_heads"]
-    _require(width % heads == 0, "model.width", width, f"it must divide by model.heads={heads}")
-    _require(
+    require(width % heads == 0, "model.width", width, f"it must divide by model.heads={heads}")
+    require(
         width // heads % 2 == 0,
         "model.width",
         width,
         f"width / heads = {width // heads} must be even for rotary positions",
     )
-    _require(
+    require(
         heads % kv_heads == 0, "model.kv_heads", kv_heads, f"it must divide model.heads={heads}"
     )
-    _require(
-        m.activation in ACTIVATIONS,
-        "model.activation",
-        m.activation,
-        f"choose from {', '.join(ACTIVATIONS)}",
-    )
-    _require(m.norm_epsilon > 0, "model.norm_epsilon", m.norm_epsilon, "it must be positive")
-    _require(m.rope_theta > 1, "model.rope_theta", m.rope_theta, "it must be above 1")
+    choose("model.activation", m.activation, ACTIVATIONS)
+    choose("model.norms", m.norms, NORMS)
+    choose("model.init", m.init, INITIALIZERS)
+    require(m.norm_epsilon > 0, "model.norm_epsilon", m.norm_epsilon, "it must be positive")
+    require(m.rope_theta > 1, "model.rope_theta", m.rope_theta, "it must be above 1")
     return TransformerConfig(
         vocab_size=vocab_size,
         activation=m.activation,
-        sub_norms=m.sub_norms,
+        gated=m.gated,
+        norms=m.norms,
+        init=m.init,
         tied_embeddings=m.tied_embeddings,
         rope_theta=m.rope_theta,
         norm_epsilon=m.norm_epsilon,
@@ -149,15 +157,15 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
 
 def _batch_size(config: ConfigDict) -> int:
     tokens, length = config.train.batch_tokens, config.data.sequence_length
-    _require(length >= 2, "data.sequence_length", length, "it must be at least 2")
-    _require(
+    require(length >= 2, "data.sequence_length", length, "it must be at least 2")
+    require(
         tokens >= length and tokens % length == 0,
         "train.batch_tokens",
         tokens,
         f"it must be a multiple of data.sequence_length={length}",
     )
     parts = config.train.microbatches
-    _require(
+    require(
         parts >= 1 and tokens // length % parts == 0,
         "train.microbatches",
         parts,
@@ -170,12 +178,12 @@ def _ends(config: ConfigDict) -> tuple[int, ...]:
     """Optimizer steps of the endpoints: each budget to the nearest whole batch."""
     budgets = config.train.tokens
     numbers = all(isinstance(b, int | float) and float(b).is_integer() and b > 0 for b in budgets)
-    _require(len(budgets) > 0 and numbers, "train.tokens", budgets, "positive whole numbers")
-    _require(
+    require(len(budgets) > 0 and numbers, "train.tokens", budgets, "positive whole numbers")
+    require(
         list(budgets) == sorted(set(budgets)), "train.tokens", budgets, "budgets must be increasing"
     )
     ends = tuple(round(b / config.train.batch_tokens) for b in budgets)
-    _require(
+    require(
         ends[0] >= 1 and len(set(ends)) == len(ends),
         "train.tokens",
         budgets,
@@ -186,31 +194,31 @@ def _ends(config: ConfigDict) -> tuple[int, ...]:
 
 def _schedule(config: ConfigDict, ends: tuple[int, ...]) -> Schedule:
     s = config.schedule
-    _require(s.name in SCHEDULES, "schedule.name", s.name, f"choose from {', '.join(SCHEDULES)}")
-    _require(
+    choose("schedule.name", s.name, SCHEDULES)
+    require(
         len(ends) == 1 or s.name == "wsd",
         "train.tokens",
         config.train.tokens,
         f"schedule.name={s.name!r} has one endpoint, so give one budget",
     )
-    _require(
+    require(
         0 <= s.warmup_fraction < 1,
         "schedule.warmup_fraction",
         s.warmup_fraction,
         "it must lie in [0, 1)",
     )
-    _require(
+    require(
         0 < s.decay_fraction <= 1,
         "schedule.decay_fraction",
         s.decay_fraction,
         "it must lie in (0, 1]",
     )
-    _require(
-        0 <= s.final_ratio <= 1, "schedule.final_ratio", s.final_ratio, "it must lie in [0, 1]"
-    )
-    schedule = Schedule(s.name, round(s.warmup_fraction * ends[0]), s.decay_fraction, s.final_ratio)
+    require(0 <= s.final_ratio <= 1, "schedule.final_ratio", s.final_ratio, "it must lie in [0, 1]")
+    require(0 < s.second_peak <= 1, "schedule.second_peak", s.second_peak, "it must lie in (0, 1]")
+    warmup = round(s.warmup_fraction * ends[0])
+    schedule = Schedule(s.name, warmup, s.decay_fraction, s.final_ratio, s.second_peak)
     overlap = s.name == "wsd" and schedule.warmup_steps > schedule.decay_start(ends[0])
-    _require(
+    require(
         not overlap,
         "schedule.warmup_fraction",
         s.warmup_fraction,
@@ -221,25 +229,29 @@ def _schedule(config: ConfigDict, ends: tuple[int, ...]) -> Schedule:
 
 def _optimizer(config: ConfigDict) -> OptimizerConfig:
     o = config.optim
-    _require(o.name == "adamw", "optim.name", o.name, "choose from adamw")
+    choose("optim.name", o.name, OPTIMIZERS)
+    choose("optim.latents", o.latents, LATENTS)
     for key in ("b1", "b2"):
-        _require(0 <= o[key] < 1, f"optim.{key}", o[key], "it must lie in [0, 1)")
-    for key in ("epsilon", "clip_norm"):
-        _require(o[key] > 0, f"optim.{key}", o[key], "it must be positive")
-    return OptimizerConfig(o.name, o.b1, o.b2, o.epsilon, o.clip_norm)
+        require(0 <= o[key] < 1, f"optim.{key}", o[key], "it must lie in [0, 1)")
+    for key in ("epsilon", "clip_norm", "bop_ratio", "bop_threshold"):
+        require(o[key] > 0, f"optim.{key}", o[key], "it must be positive")
+    require(o.latent_clip >= 0, "optim.latent_clip", o.latent_clip, "it must not be negative")
+    return OptimizerConfig(
+        **{key: o[key] for key in OptimizerConfig.__dataclass_fields__},
+    )
 
 
 def _data(config: ConfigDict, corpus: Corpus) -> DataSpec:
     length, tokens = config.data.sequence_length, config.eval.tokens
     for split in ("train", "valid"):
         have = len(getattr(corpus, split))
-        _require(
+        require(
             have > length,
             "data.sequence_length",
             length,
             f"the {split} split of {corpus.name} has only {have} tokens",
         )
-    _require(
+    require(
         tokens == 0 or tokens >= length,
         "eval.tokens",
         tokens,
