@@ -54,7 +54,7 @@ def forward_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
 
     A multiply-add is two. Counted: linear layers, head, and attention's two products over the full
     T x T square, as they are computed (causality is a mask) and as Hoffmann et al. (2022, appendix
-    F) count them. Not counted: norms, softmax, activations, quantization.
+    F) count them. Not counted: norms, softmax, activations, quantization, Hadamard rotations.
     """
     linear = 2 * count_parameters(c).quantized
     attention = 2 * 2 * c.layers * sequence_length * c.heads * c.head_size
@@ -101,8 +101,9 @@ def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length
     """Picojoules of arithmetic for one token of inference at 7 nm. Memory traffic is NOT in it.
 
     A dense product of a row of n by an n x p matrix adds (n-1)p times and multiplies np times.
-    With codes of -1, 0 and 1 nothing but the scales is multiplied, n + p times and in 16 bits
-    (BitNet, arXiv:2310.11453, eq. 15-16); longer codes multiply in int8. Additions are int8 where
+    With codes of -1, 0 and 1 nothing but the scales is multiplied, in 16 bits, n + p times where
+    activations are quantized (BitNet, arXiv:2310.11453, eq. 15-16) and p times where not, whatever
+    the number of scales; longer codes multiply in int8. Additions are int8 where
     the activations are codes (of up to 8 bits), else floats. Attention and head are dense in every
     arm; attention is counted at the sequence's mean causal length.
     """
@@ -122,7 +123,8 @@ def _linear_energy(n: int, p: int, precision: Precision) -> float:
     add, multiply = ENERGY_7NM_PJ["int8"] if precision.activations != "none" else floats
     q = precision.weight_quantizer
     products = 0 if max(q.high, -q.low) == 1 else n * p
-    return add * (n - 1) * p + multiply * products + floats[1] * (n + p)
+    scalings = n + p if precision.activations != "none" else p
+    return add * (n - 1) * p + multiply * products + floats[1] * scalings
 
 
 def _dense_energy(n: float, p: float, unit: tuple[float, float]) -> float:

@@ -32,14 +32,22 @@ def passes(
     if quantizer.reach is None or estimator in ("identity", "stochastic"):
         return None
     x = x.astype(jnp.float32)
+    # Room for how the scale was rounded: the largest value of a block may be the last level.
+    scale = q.scale * (1 + 2**-21)
     if estimator == "trust":
-        return jnp.abs(dequantize(q) - x) <= quantizer.gap / 2 * q.scale
-    return (quantizer.low * q.scale <= x) & (x <= quantizer.high * q.scale)
+        return jnp.abs(dequantize(q) - x) <= quantizer.gap / 2 * scale
+    return (quantizer.low * scale <= x) & (x <= quantizer.high * scale)
 
 
-def apply_mask(mask: Bool[Array, "..."] | None, g: Float[Array, "..."]) -> Float[Array, "..."]:
-    """The gradient where it passes, 0 elsewhere."""
-    return g if mask is None else jnp.where(mask, g, 0)
+def apply_mask(
+    mask: Bool[Array, "..."] | None,
+    g: Float[Array, "..."],
+    strength: Float[Array, ""] | None = None,
+) -> Float[Array, "..."]:
+    """The gradient where it passes; elsewhere 0, or the share of it that is not quantized yet."""
+    if mask is None:
+        return g
+    return jnp.where(mask, g, 0 if strength is None else (1 - strength) * g)
 
 
 def step_gradient(

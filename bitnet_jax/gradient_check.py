@@ -11,11 +11,10 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.flatten_util import ravel_pytree
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax import loss as losses
 from bitnet_jax.latents import latents
+from bitnet_jax.loss import cross_entropy
 from bitnet_jax.matmul import DEPLOYED
 from bitnet_jax.model import apply_model, linear_layers, with_linear_layers
 from bitnet_jax.train_step import StepConfig
@@ -36,36 +35,75 @@ def estimator_cosine(
     """
     precision = dataclasses.replace(config.precision, compute_dtype=jnp.float32)
     config = dataclasses.replace(config, precision=precision, warming=False)
-    count = sum(layer["kernel"].size for layer in linear_layers(params).values())
-    drawn = np.random.default_rng(seed).choice(count, size=min(sample, count), replace=False)
-    estimated, measured = _gradients(config, params, jnp.asarray(tokens), jnp.asarray(drawn))
-    norms = jnp.linalg.norm(estimated) * jnp.linalg.norm(measured)
-    return float(jnp.vdot(estimated, measured) / norms)
+    tokens = jnp.asarray(tokens)
+    gradients, steps = jax.device_get(_gradients_and_steps(config, params, tokens))
+    places = _draw({name: step.size for name, step in steps.items()}, sample, seed)
+    estimated = np.array([gradients[name].flat[index] for name, index in places])
+    step = np.array([steps[name].flat[index] for name, index in places])
+    up = [_moved_loss(config, params, tokens, *p, by) for p, by in zip(places, step, strict=True)]
+    down = [
+        _moved_loss(config, params, tokens, *p, -by) for p, by in zip(places, step, strict=True)
+    ]
+    measured = (np.array(up) - np.array(down)) / (2 * step)
+    norms = np.linalg.norm(estimated) * np.linalg.norm(measured)
+    return float(np.vdot(estimated, measured) / norms)
+
+
+def _draw(sizes: dict[str, int], sample: int, seed: int) -> list[tuple[str, int]]:
+    """Distinct weights, uniformly from all: (projection, index in its flattened stack)."""
+    ends = np.cumsum(list(sizes.values()))
+    drawn = np.random.default_rng(seed).choice(ends[-1], size=min(sample, ends[-1]), replace=False)
+    which = np.searchsorted(ends, drawn, side="right")
+    starts = ends - np.array(list(sizes.values()))
+    names = list(sizes)
+    return [(names[w], int(i - starts[w])) for w, i in zip(which, drawn, strict=True)]
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _gradients(
-    config: StepConfig, params: dict, tokens: Array, drawn: Int[Array, "S"]
-) -> tuple[Float[Array, "S"], Float[Array, "S"]]:
-    """The estimator's gradient and the central difference at the drawn weights."""
-    layers = linear_layers(params)
-    kernels = {name: layer["kernel"].astype(jnp.float32) for name, layer in layers.items()}
-    flat, unravel = ravel_pytree(kernels)
+def _gradients_and_steps(
+    config: StepConfig, params: dict, tokens: Array
+) -> tuple[dict[str, Float[Array, "..."]], dict[str, Float[Array, "..."]]]:
+    """The estimator's gradient of every kernel, and the step of the grid under every weight."""
     gap = config.precision.weight_quantizer.gap
     steps = {
         name: jnp.broadcast_to(gap * latent.scale, latent.codes.shape)
         for name, latent in latents(params, config.precision).items()
     }
+    kernels = {n: w["kernel"].astype(jnp.float32) for n, w in linear_layers(params).items()}
+    return jax.grad(lambda kernels: _loss(config, params, kernels, tokens))(kernels), steps
 
-    def loss(flat):
-        kernels = {name: {"kernel": kernel} for name, kernel in unravel(flat).items()}
-        moved = with_linear_layers(params, kernels)
-        logits = apply_model(config.model, config.precision, moved, tokens[:, :-1], DEPLOYED)
-        return losses.cross_entropy(logits, tokens[:, 1:])[0].mean()
 
-    def difference(index, step):
-        up, down = loss(flat.at[index].add(step)), loss(flat.at[index].add(-step))
-        return (up - down) / (2 * step)
+def _moved_loss(
+    config: StepConfig, params: dict, tokens: Array, name: str, index: int, by: float
+) -> float:
+    """The loss with one weight moved."""
+    sizes = {n: layer["kernel"].size for n, layer in linear_layers(params).items()}
+    places = {n: np.int32(index if n == name else size) for n, size in sizes.items()}
+    return float(_loss_at(config, params, tokens, places, np.float32(by)))
 
-    measured = jax.lax.map(lambda args: difference(*args), (drawn, ravel_pytree(steps)[0][drawn]))
-    return jax.grad(loss)(flat)[drawn], measured
+
+@functools.partial(jax.jit, static_argnums=0)
+def _loss_at(
+    config: StepConfig,
+    params: dict,
+    tokens: Array,
+    places: dict[str, Int[Array, ""]],
+    by: Float[Array, ""],
+) -> Float[Array, ""]:
+    """The loss with the weight at each projection's place moved; a place past the end is none."""
+
+    def moved(name: str, kernel: Array) -> Array:
+        flat = kernel.astype(jnp.float32).reshape(-1)
+        return flat.at[places[name]].add(by, mode="drop").reshape(kernel.shape)
+
+    layers = linear_layers(params)
+    return _loss(config, params, {n: moved(n, w["kernel"]) for n, w in layers.items()}, tokens)
+
+
+def _loss(
+    config: StepConfig, params: dict, kernels: dict[str, Array], tokens: Int[Array, "B T1"]
+) -> Float[Array, ""]:
+    """Mean nats a token with other kernels."""
+    moved = with_linear_layers(params, {name: {"kernel": k} for name, k in kernels.items()})
+    logits = apply_model(config.model, config.precision, moved, tokens[:, :-1], DEPLOYED)
+    return cross_entropy(logits, tokens[:, 1:])[0].mean()

@@ -51,7 +51,8 @@ class BitLinear(nn.Module):
         kernel = self.param("kernel", self.kernel_init, (x.shape[-1], self.features), jnp.float32)
         step = None
         if arm.weight_quantizer.learned:
-            step = self.param("step", lambda key: self._initial_step(kernel))
+            # Not `self.param`, which would draw a key and so change the kernels drawn after it.
+            step = self.variable("params", "step", self._initial_step, kernel).value
         if self.norm_epsilon is not None:
             x = RMSNorm(self.norm_epsilon, name="norm")(x)
         if self.residual and arm.rotate:

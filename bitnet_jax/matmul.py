@@ -129,6 +129,7 @@ def _forward(x, w, step, context, precision, row_parallel):
     codes = qw.codes
     if context.strength is not None:
         qx, qw = _blend(qx, x, context.strength), _blend(qw, w_blocks, context.strength)
+        qw = qw._replace(codes=qw.codes.reshape(1, *w.shape))  # one product, whatever was sliced
     y = _product(_operand(qx, precision), _operand(qw, precision), precision)
     residuals = _Residuals(
         _operand(qx, precision),
@@ -222,8 +223,9 @@ def _backward(precision, row_parallel, r, g):
     scaled_g = g if r.x.codes.dtype != jnp.int8 else (g * r.x.scale).astype(dtype)
     dw = code_dot(r.x.codes.astype(dtype), scaled_g, precision, (rows, rows))
     d_step = None if r.learned is None else _step_gradient(precision, row_parallel, r, dw)
-    dx = estimators.apply_mask(r.x_mask, dx)
-    dw = estimators.apply_mask(None if r.w_mask is None else r.w_mask.reshape(dw.shape), dw)
+    w_mask = None if r.w_mask is None else r.w_mask.reshape(dw.shape)
+    dx = estimators.apply_mask(r.x_mask, dx, r.strength)
+    dw = estimators.apply_mask(w_mask, dw, r.strength)
     return dx.astype(r.x_like.dtype), dw.astype(r.w_like.dtype), d_step, None
 
 

@@ -108,7 +108,7 @@ def direction(config: OptimizerConfig) -> optax.GradientTransformationExtraArgs:
     rules = {
         "adamw": lambda: adam,
         "lion": lambda: optax.scale_by_lion(b1=config.b1, b2=config.b2),
-        "muon": lambda: optax.chain(_muon(config), optax.scale(-1)),  # optax's descends itself
+        "muon": lambda: optax.partition({True: _muon(), False: adam}, _is_kernel),
         "bop": lambda: optax.partition({True: _momentum(config), False: adam}, _is_kernel),
     }
     clip = optax.clip_by_global_norm(config.clip_norm)
@@ -119,19 +119,17 @@ def _is_kernel(params: dict) -> dict:
     return jax.tree_util.tree_map_with_path(lambda path, _: linear_kernel(path), params)
 
 
-def _muon(config: OptimizerConfig) -> optax.GradientTransformation:
+def _muon() -> optax.GradientTransformation:
     def matrices(params: dict) -> dict:
-        """Kernels are [L, in, out]: a batch of matrices. None is left to Adam."""
+        """Kernels are [L, in, out]: a batch of matrices."""
         spec = optax.contrib.MuonDimensionNumbers(reduction_axis=1, output_axis=2)
-        return jax.tree.map(lambda is_kernel: spec if is_kernel else None, _is_kernel(params))
+        return jax.tree.map(lambda _: spec, params)
 
-    return optax.contrib.muon(
-        learning_rate=1.0,
-        adam_b1=config.b1,
-        adam_b2=config.b2,
-        muon_weight_dimension_numbers=matrices,
-        consistent_rms=0.2,
-    )
+    def rescale(u: Float[Array, "L D F"], _: Any) -> Float[Array, "L D F"]:
+        return 0.2 * math.sqrt(max(u.shape[1:])) * u
+
+    orthogonal = optax.contrib.scale_by_muon(weight_dimension_numbers=matrices)
+    return optax.chain(orthogonal, optax.stateless_with_tree_map(rescale))
 
 
 class _Momentum(NamedTuple):

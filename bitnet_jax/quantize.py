@@ -98,13 +98,15 @@ def quantize(
         reach = jnp.maximum(quantizer.reach(x, axes), quantizer.floor)
     else:
         reach = jnp.maximum(step, SCALE_FLOOR) * quantizer.high
+    # Medians do not see an infinity, nor learned scales anything.
+    finite = jnp.isfinite(reach) & jnp.isfinite(absmax(x, axes))
     if quantizer.centred:
         x = x - _mean(x, axes)
     codes = _codes(quantizer, x, axes, reach + quantizer.epsilon, noise)
     # Casting NaN to an integer is undefined, so those codes are set to 0. An infinite scale would
     # give 0 * inf here and inf there: it becomes NaN, so that all it covers is.
-    codes = jnp.where(jnp.isnan(codes), 0, codes).astype(jnp.int8)
-    return Quantized(codes, jnp.where(jnp.isfinite(reach), reach, jnp.nan) / quantizer.high)
+    codes = jnp.where(finite & ~jnp.isnan(codes), codes, 0).astype(jnp.int8)
+    return Quantized(codes, jnp.where(finite, reach, jnp.nan) / quantizer.high)
 
 
 def dequantize(q: Quantized) -> Float[Array, "..."]:
@@ -114,18 +116,19 @@ def dequantize(q: Quantized) -> Float[Array, "..."]:
 
 def _codes(q: Quantizer, x: Array, axes: Axes, reach: Array, noise: Array | None) -> Array:
     """The code nearest to each value, or one of its two neighbours by chance."""
+    ratio = x * (q.high / reach)
     if noise is not None:
-        steps = jnp.floor((x * (q.high / reach) - q.low) / q.gap + noise)
+        steps = jnp.floor((ratio - q.low) / q.gap + noise)
         return jnp.clip(q.low + q.gap * steps, q.low, q.high)
     if q.gap == 2:
         # A value half way goes down: the sign of 0 is -1 (BitNet, arXiv:2310.11453, eq. 2).
-        return jnp.clip(2 * jnp.ceil(x * (q.high / reach) / 2) - 1, q.low, q.high)
+        return jnp.clip(2 * jnp.ceil(ratio / 2) - 1, q.low, q.high)
     if q.ternary:
         # round(x / reach) is 0 up to reach/2, that included. Compared and not divided: XLA
         # multiplies by 1/reach, which is off by an ulp, and flushed to 0 above 8.5e37.
         threshold = q.threshold(x, axes) if q.threshold else reach / 2
         return jnp.where(jnp.abs(x) > threshold, jnp.sign(x), 0)
-    return jnp.clip(jnp.round(x * (q.high / reach)), q.low, q.high)
+    return jnp.clip(jnp.round(ratio), q.low, q.high)
 
 
 # ---- Rules: how far a grid reaches -------------------------------------------------------------
@@ -209,7 +212,7 @@ QUANTIZERS: dict[str, Quantizer] = {
     "ternary_absmean_paper": Quantizer(absmean, epsilon=SCALE_FLOOR, floor=0.0),
     "ternary_absmean_trilm": Quantizer(absmean_plus),
     "ternary_absmedian": Quantizer(absmedian),
-    "ternary_twn": Quantizer(twn, threshold=twn_threshold),
+    "ternary_twn": Quantizer(twn, threshold=twn_threshold, floor=0.0),
     "ternary_optimal": Quantizer(gaussian_optimal),
     "ternary_lsq": Quantizer(lsq, learned=True),
     "ternary_stretched": Quantizer(stretched(2 / 3), learned=True),
@@ -242,6 +245,8 @@ def normal_error(quantizer: Quantizer) -> float:
 @functools.cache
 def normal_gain(quantizer: Quantizer) -> float:
     """Mean square of what standard normal values become; 1 without quantization."""
+    if quantizer.reach is None:
+        return 1.0
     with jax.ensure_compile_time_eval():
         x = normal_values()
         return float(jnp.mean(jnp.square(dequantize(quantize(quantizer, x, (0,))))))

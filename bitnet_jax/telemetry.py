@@ -72,7 +72,11 @@ def _statistics(
     def share(condition: Array) -> Float[Array, "L"]:
         return jnp.mean(condition, axis=(1, 2, 3), dtype=jnp.float32)
 
-    codes, grid = latent.codes, latent.values / latent.scale
+    codes, values = latent.codes, latent.values
+    if q.centred:
+        axes = (2, 3) if latent.scale.shape[3] == 1 else (2,)  # what shares a scale
+        values = values - jnp.mean(values, axis=axes, keepdims=True)
+    grid = values / latent.scale
     shares = jnp.stack([share(codes == code) for code in range(q.low, q.high + 1, q.gap)])
     lowest, highest = q.low + q.gap / 2, q.high - q.gap / 2
     nearest = q.gap * jnp.round((grid - lowest) / q.gap) + lowest

@@ -321,7 +321,8 @@ class _Loop:
         if self.options.gradient_sample and self.spec.step.precision.quantized and loss is not None:
             values["gradient_cosine"] = self._gradient_cosine()
         self._write("endpoint", segment, segment.end, **values)
-        if self.options.keep_model and segment.end == self.spec.ends[-1]:
+        last = segment.end == self.spec.ends[-1]
+        if self.options.keep_model and last and loss is not None:
             save_model(self.run_dir, self.state.params)
         assert self.stash is not None
         self.state, self.stash = self.stash, None

@@ -1,6 +1,10 @@
 """Endpoints of a sweep's runs into one table: `<sweep>/endpoints.parquet`.
 
     python -m experiments.collect results/quickstart
+    python -m experiments.collect results/ingredients --latents    # and latents.csv beside it
+
+latents.csv has a row a run: the statistics of the latent weights (`bitnet_jax/telemetry.py`) in the
+last train line of its metrics.jsonl, and the gradient's cosine where its last endpoint has one.
 
 A run that was planned but has no summary yet is not in the table; one that failed is, with status
 `failed` and no loss.
@@ -17,6 +21,7 @@ import pandas as pd
 
 from bitnet_jax.errors import ConfigError
 
+WHO = ("run_id", "size", "precision", "seed", "tokens", "loss", "status")
 FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
 
 
@@ -63,13 +68,55 @@ def _endpoints(path: Path) -> list[dict[str, Any]]:
         raise ConfigError(f"{path}: not a summary; delete it to train the run again") from error
 
 
+def collect_latents(sweep_directory: Path) -> pd.DataFrame:
+    """A row a finished run that quantizes its weights: who it is, and its last statistics.
+
+    Raises:
+      FileNotFoundError: no such run has finished.
+      ConfigError: a damaged summary, or a metrics file that does not belong to it.
+    """
+    rows = []
+    for path in sorted(sweep_directory.glob("runs/*/summary.json")):
+        endpoint = _endpoints(path)[-1]
+        statistics = _last_statistics(path.parent / "metrics.jsonl")
+        if statistics:
+            own = {k: v for k, v in endpoint.items() if k in WHO or k.startswith("tag_")}
+            rows.append({**own, **statistics})
+    if not rows:
+        raise FileNotFoundError(f"{sweep_directory}: no run with quantized weights has finished")
+    return pd.DataFrame(rows)
+
+
+def _last_statistics(path: Path) -> dict[str, float | None]:
+    found: dict[str, float | None] = {}
+    try:
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            if record["kind"] in ("train", "endpoint"):
+                shown = {k: v for k, v in record.items() if k.startswith(("latent_", "gradient_"))}
+                found.update(shown)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{path}: not a run's metrics; delete the run to train again") from error
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """Command line."""
-    parser = argparse.ArgumentParser(prog="python -m experiments.collect", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m experiments.collect",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("sweep_directory", type=Path)
-    directory = parser.parse_args(argv).sweep_directory
+    parser.add_argument("--latents", action="store_true", help="write latents.csv, too")
+    options = parser.parse_args(argv)
+    directory = options.sweep_directory
     try:
         table = collect(directory)
+        if options.latents:
+            latents = collect_latents(directory)
+            latents.to_csv(directory / "latents.csv", index=False)
+            print(f"{directory / 'latents.csv'}: {len(latents)} runs")
     except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

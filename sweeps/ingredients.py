@@ -8,9 +8,9 @@ left out ("without"), or an alternative put in its place ("instead"). `minimal` 
 in a LLaMA and nothing else; to it one ingredient is added ("with"). A seed fixes initial values and
 data order, so each variant is compared with its base seed by seed.
 
-Every run has the learning rate tuned for the base recipe at this size and budget, save where arm or
-optimizer is another: each has the best of its rates in `sweeps/optimizers.py`, at a seed of its own.
-So a variant that would want another rate is undersold.
+Every run has the learning rate tuned for the base recipe at this size and budget, save where arm
+or optimizer is another: each has the best of its rates in `sweeps/optimizers.py`, at a seed of its
+own. So a variant that would want another rate is undersold.
 """
 
 from typing import Any

@@ -1,26 +1,41 @@
-"""Checkpoints: a round trip to the bit, with and without the trunk set aside; the last two kept."""
+"""Checkpoints: a round trip to the bit, with and without the trunk set aside; the last two kept.
+The model that a run leaves behind."""
+
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.checkpoint import Checkpointer, load_model, save_model
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.train_step import compiled_init
 
+# A state without snapshots, and one with them whose kernels are bfloat16.
+ARMS = {"fp32": {}, "bfloat16": {"precision": "ternary", "optim.latents": "bfloat16"}}
 
-@pytest.fixture(scope="module")
-def state_of(tiny_config, tiny_corpus):
-    """A state whose every leaf depends on the seed, counters and loss scale included."""
-    step = resolve(tiny_config(), tiny_corpus).step
+
+@pytest.fixture(scope="module", params=ARMS)
+def state_of(request, tiny_config, tiny_corpus):
+    """A state whose every leaf depends on the seed: counters, loss scale and codes included."""
+    step = resolve(tiny_config(ARMS[request.param]), tiny_corpus).step
+
+    def fill(x, seed):
+        if x.dtype == jnp.int8:
+            return jnp.roll(x, seed).at[0].set(seed % 3 - 1)
+        return (
+            x
+            if jnp.issubdtype(x.dtype, jnp.integer)
+            else x + jnp.asarray(0.1 * (seed + 1), x.dtype)
+        )
 
     def make(seed):
         state = compiled_init(step)(seed)
-        filled = jax.tree.map(
-            lambda x: x if jnp.issubdtype(x.dtype, jnp.integer) else x + 0.1 * (seed + 1), state
-        )
-        return filled.replace(good_steps=jnp.int32(seed + 3), skips=jnp.int32(seed + 5))
+        filled = jax.tree.map(lambda x: fill(x, seed), state)
+        assert filled.seed == seed
+        counters = {"good_steps": seed + 3, "skips": seed + 5, "steps": seed + 7}
+        return filled.replace(**{key: jnp.int32(value) for key, value in counters.items()})
 
     return make
 
@@ -106,3 +121,33 @@ def test_the_state_may_be_overwritten_while_it_is_written(checkpointer, reopened
     step(state)
     checkpointer.close()
     assert_bitwise_equal(reopened()[0], state_of(4))
+
+
+# The model
+
+
+def test_a_model_comes_back_to_the_bit(tmp_path, state_of):
+    params, like = state_of(1).params, state_of(2).params
+    save_model(tmp_path, params)
+    assert_bitwise_equal(load_model(tmp_path, like), params)
+
+
+def test_a_model_takes_the_place_of_an_earlier_one(tmp_path, state_of):
+    """Endpoints are made again where a run was cut off after writing one."""
+    for seed in (1, 2):
+        save_model(tmp_path, state_of(seed).params)
+    assert_bitwise_equal(load_model(tmp_path, state_of(0).params), state_of(2).params)
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_model_is_found_from_a_relative_path(tmp_path, state_of, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    save_model(Path("run"), state_of(1).params)
+    monkeypatch.chdir("/")
+    assert_bitwise_equal(load_model(tmp_path / "run", state_of(0).params), state_of(1).params)
+
+
+def test_no_model_is_said_so(tmp_path, state_of):
+    with pytest.raises(FileNotFoundError, match="holds no model.*checkpoint.keep_model=True"):
+        load_model(tmp_path / "run", state_of(0).params)
+    assert not (tmp_path / "run").exists()

@@ -1,10 +1,12 @@
 """Summaries into one table."""
 
+import dataclasses
 import math
 
 import pandas as pd
 import pytest
 
+from bitnet_jax import cost
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import write_json
@@ -14,8 +16,9 @@ from experiments.collect import collect, main
 CONTRACT = [
     "run_id", "sweep", "size", "precision", "seed", "params_total", "params_non_embedding",
     "params_quantized", "tokens", "unique_tokens", "flops", "flops_6nd", "loss", "loss_stderr",
-    "bits_per_byte", "train_loss", "model_bits", "energy_pj_per_token", "peak_lr", "batch_tokens",
-    "schedule", "warmup_tokens", "status", "wall_s", "device", "jax_version", "git_commit",
+    "bits_per_byte", "train_loss", "model_bits", "energy_pj_per_token", "peak_lr", "weight_decay",
+    "weight_mse", "batch_tokens", "schedule", "warmup_tokens",
+    "status", "wall_s", "device", "jax_version", "git_commit",
 ]
 # fmt: on
 PROVENANCE = {"device": "1x cpu", "jax_version": "0.0", "git_commit": "abc"}
@@ -65,6 +68,62 @@ def test_columns_of_the_contract(sweep, spec_of):
     assert row["model_bits"] >= row["params_quantized"] * math.log2(3) + 16 * floats
     assert (row["warmup_tokens"], row["schedule"]) == (256, "wsd")
     assert (row["batch_tokens"], row["peak_lr"]) == (128, 0.01)
+
+
+def normal_mse(level, threshold):
+    """Mean squared error of trits of a standard normal, in closed form (Max 1960)."""
+    beyond = math.erfc(threshold / math.sqrt(2))
+    density = math.exp(-(threshold**2) / 2) / math.sqrt(2 * math.pi)
+    return 1 - 4 * level * density + level**2 * beyond
+
+
+def test_weight_error_of_the_arm(spec_of):
+    """Of normal weights: absmean's level sqrt(2/pi) with the threshold at half; none for floats."""
+    mean = math.sqrt(2 / math.pi)
+    twn = spec_of(**{"precision": "ternary", "quantization.weights": "ternary_twn"})
+    density = math.exp(-((0.7 * mean) ** 2) / 2) / math.sqrt(2 * math.pi)
+    level = 2 * density / math.erfc(0.7 * mean / math.sqrt(2))
+    expected = {
+        spec_of(precision="ternary"): normal_mse(mean, mean / 2),
+        twn: normal_mse(level, 0.7 * mean),
+        spec_of(precision="binary"): 1 - mean**2,
+        spec_of(precision="fp16"): 0,
+    }
+    for spec, error in expected.items():
+        for row in rows_of(spec):
+            assert row["weight_mse"] == pytest.approx(error, rel=1e-3, abs=1e-12)
+
+
+def test_tags_are_columns(sweep, spec_of):
+    """Of the runs that have them; a run without is empty there."""
+    tagged = dataclasses.replace(spec_of(), tags=(("base", "full"), ("change", "sub-norms")))
+    assert [key for key in rows_of(tagged)[0] if key.startswith("tag_")] == [
+        "tag_base",
+        "tag_change",
+    ]
+    assert not any(key.startswith("tag_") for key in rows_of(spec_of())[0])
+    sweep(tagged)
+    sweep(spec_of(seed=1))
+    table = collect(sweep.folder)
+    assert list(table["tag_change"].fillna("")) == ["sub-norms", ""] * 2
+    assert set(table["tag_base"].dropna()) == {"full"}
+
+
+def test_what_a_late_arm_costs(spec_of):
+    """Bits and energy are of the arm that is deployed; the row's name says both."""
+    arm = {"precision": "ternary", "quantization.weights": "ternary_twn"}
+    late = spec_of(**arm, **{"quantization.late_activations": "none"})
+    base = spec_of(**arm)
+    floats = spec_of(**arm, **{"quantization.activations": "none"})
+    (row, _), (base_row, _), (float_row, _) = map(rows_of, (late, base, floats))
+    assert row["precision"] == "ternary+weights=ternary_twn+late=none"
+    assert row["energy_pj_per_token"] == float_row["energy_pj_per_token"]
+    assert row["energy_pj_per_token"] != base_row["energy_pj_per_token"]
+    for key in ("model_bits", "weight_mse", "flops"):
+        assert row[key] == float_row[key]
+    deployed = late.deployed.precision
+    expected = cost.energy_per_token(late.step.model, deployed, late.data.sequence_length)
+    assert row["energy_pj_per_token"] == expected
 
 
 def test_order_and_file(sweep, spec_of):

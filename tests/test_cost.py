@@ -1,6 +1,7 @@
 """Costs against the parameter tree, against products counted in a jaxpr, and by hand."""
 
 import dataclasses
+import itertools
 import math
 
 import jax
@@ -9,8 +10,10 @@ import numpy as np
 import pytest
 
 from bitnet_jax import cost
+from bitnet_jax.granularity import Granularity
+from bitnet_jax.latents import latents
 from bitnet_jax.loss import cross_entropy
-from bitnet_jax.model import Transformer, TransformerConfig, init_params
+from bitnet_jax.model import NORMS, TransformerConfig, apply_model, init_params
 from bitnet_jax.precision import get_precision
 
 CONFIG = TransformerConfig(vocab_size=24, layers=3, width=32, ff_width=80, heads=4, kv_heads=4)
@@ -19,7 +22,8 @@ CONFIGS = {
     "plain": CONFIG,
     "grouped": GROUPED,
     "one_kv_head_untied": dataclasses.replace(CONFIG, kv_heads=1, tied_embeddings=False),
-    "no_sub_norms": dataclasses.replace(GROUPED, sub_norms=False),
+    "pre": dataclasses.replace(GROUPED, norms="pre"),
+    "inside_ungated": dataclasses.replace(GROUPED, norms="inside", gated=False),
 }
 EACH_CONFIG = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 # Small enough for a pencil: head size 2.
@@ -27,12 +31,18 @@ HAND = TransformerConfig(vocab_size=10, layers=2, width=4, ff_width=6, heads=2, 
 ARMS = {name: get_precision(name) for name in ("ternary", "fp16", "fp32")}
 
 
-def parameter_shapes(config):
-    return jax.eval_shape(lambda: init_params(config, get_precision("ternary"), jax.random.key(0)))
+def parameter_shapes(config, arm=ARMS["ternary"]):
+    return jax.eval_shape(lambda: init_params(config, arm, jax.random.key(0)))
 
 
-@EACH_CONFIG
-def test_parameter_groups_are_the_real_tree(config):
+@pytest.mark.parametrize(
+    "norms, gated, kv_heads, tied",
+    list(itertools.product(NORMS, (True, False), (1, 4), (True, False))),
+)
+def test_parameter_groups_are_the_real_tree(norms, gated, kv_heads, tied):
+    config = dataclasses.replace(
+        CONFIG, norms=norms, gated=gated, kv_heads=kv_heads, tied_embeddings=tied
+    )
     counted = {"embedding": 0, "quantized": 0, "norms": 0}
     groups = {"embedding": "embedding", "head": "embedding", "kernel": "quantized"}
     for path, leaf in jax.tree_util.tree_leaves_with_path(parameter_shapes(config)):
@@ -59,6 +69,16 @@ def product_flops(jaxpr):
     return flops
 
 
+@EACH_CONFIG
+def test_linear_shapes_are_those_of_the_real_kernels(config):
+    blocks = parameter_shapes(config)["blocks"]
+    names = [("attention", n) for n in ("q", "k", "v", "out")]
+    names += [("mlp", n) for n in ("gate", "up", "down") if n in blocks["mlp"]]
+    assert len(names) == (7 if config.gated else 6)
+    kernels = [blocks[group][name]["kernel"].shape for group, name in names]
+    assert [(config.layers, *shape) for shape in cost.linear_shapes(config)] == kernels
+
+
 def test_the_counter_itself():
     """Three turns of [2,5]x[5,7] inside a jit, and one outside."""
 
@@ -73,19 +93,23 @@ def test_the_counter_itself():
 @pytest.mark.parametrize(
     "name, arm",
     [
-        ("plain", "ternary"),
-        ("grouped", "ternary"),
-        ("grouped", "fp16"),
-        ("one_kv_head_untied", "ternary"),
+        ("plain", get_precision("ternary")),
+        ("grouped", get_precision("ternary")),
+        ("grouped", get_precision("fp16")),
+        ("grouped", get_precision("ternary", granularity=Granularity("group", 4))),
+        ("one_kv_head_untied", get_precision("ternary")),
+        ("inside_ungated", get_precision("ternary")),
+        ("inside_ungated", get_precision("fp32")),
     ],
+    ids=lambda x: getattr(x, "name", x),
 )
 def test_flops_are_those_of_the_traced_program(name, arm):
-    """Exactly, forward and backward: both arms spend the same."""
+    """Exactly, forward and backward: all arms spend the same."""
     config, batch, length = CONFIGS[name], 2, 8
     tokens = jax.ShapeDtypeStruct((batch, length), jnp.int32)
 
     def forward(params, tokens):
-        return Transformer(config, get_precision(arm)).apply({"params": params}, tokens)
+        return apply_model(config, arm, params, tokens)
 
     def loss(params, tokens):
         return cross_entropy(forward(params, tokens), tokens)[0].mean()
@@ -94,7 +118,7 @@ def test_flops_are_those_of_the_traced_program(name, arm):
         (forward, cost.forward_flops_per_token),
         (jax.value_and_grad(loss), cost.training_flops_per_token),
     ]:
-        jaxpr = jax.make_jaxpr(function)(parameter_shapes(config), tokens).jaxpr
+        jaxpr = jax.make_jaxpr(function)(parameter_shapes(config, arm), tokens).jaxpr
         assert flops_per_token(config, length) * batch * length == product_flops(jaxpr)
 
 
@@ -115,6 +139,56 @@ def test_model_bits_by_hand():
     assert cost.model_bits(HAND, ARMS["fp32"]) == 320 * 32
 
 
+@pytest.mark.parametrize(
+    "changes, weight_bits, scales",
+    [
+        ({"weights": "binary"}, 1, 14),
+        ({"weights": "int2_stretched"}, 2, 14),
+        ({"weights": "int3_absmax"}, 3, 14),
+        ({"weights": "int4_absmax"}, 4, 14),
+        ({"weights": "int8_absmax", "activations": "none"}, 8, 14),
+        # A block has 4 + 2 + 2 + 4 + 6 + 6 + 4 outputs, 120 weights and 7 kernels.
+        ({"granularity": Granularity("channel")}, math.log2(3), 2 * 28),
+        ({"granularity": Granularity("group", 2)}, math.log2(3), 2 * 60),
+        ({"granularity": Granularity("shard", 2)}, math.log2(3), 2 * 14),
+        ({"weights": "int4_absmax", "granularity": Granularity("channel")}, 4, 2 * 28),
+    ],
+    ids=str,
+)
+def test_model_bits_of_other_grids_and_granularities_by_hand(changes, weight_bits, scales):
+    """Embedding and norms weigh 80 x 16 as before."""
+    bits = cost.model_bits(HAND, get_precision("ternary", **changes))
+    assert bits == pytest.approx(240 * weight_bits + 80 * 16 + scales * 16, rel=1e-12)
+
+
+def test_what_options_of_the_model_weigh():
+    """Ungated: 2 x 24 weights and 2 scales less. Inside: a block's inputs, 6 x 4 + 6, are norms."""
+    ternary = ARMS["ternary"]
+    bits = cost.model_bits(HAND, ternary)
+    ungated = cost.model_bits(dataclasses.replace(HAND, gated=False), ternary)
+    assert bits - ungated == pytest.approx(48 * math.log2(3) + 2 * 16)
+    inside = cost.model_bits(dataclasses.replace(HAND, norms="inside"), ternary)
+    assert inside - bits == (2 * 30 - 2 * (4 + 4 + 4 + 6)) * 16
+    pre = cost.model_bits(dataclasses.replace(HAND, norms="pre"), ternary)
+    assert bits - pre == 2 * (4 + 6) * 16
+
+
+@pytest.mark.parametrize(
+    "granularity",
+    [Granularity(), Granularity("channel"), Granularity("group", 4), Granularity("shard", 2)],
+    ids=str,
+)
+def test_scales_are_counted_as_the_quantizer_makes_them(granularity):
+    arm = get_precision("ternary", granularity=granularity)
+    config = dataclasses.replace(GROUPED, gated=False)
+    made = jax.eval_shape(lambda p: latents(p, arm), parameter_shapes(config))
+    scales = sum(math.prod(latent.scale.shape) for latent in made.values())
+    if granularity.kind == "shard":  # those of the outputs are stored repeated along them
+        scales = config.layers * len(made) * granularity.size
+    whole = cost.model_bits(config, ARMS["ternary"]) - 16 * config.layers * len(made)
+    assert cost.model_bits(config, arm) - whole == pytest.approx(16 * scales)
+
+
 def test_energy_by_hand():
     """A layer's products: 4x4 twice, 4x2 twice, 4x6 twice, 6x4 once; three tokens, so two keys.
 
@@ -128,6 +202,35 @@ def test_energy_by_hand():
     ternary = 2 * (92 * 0.007 + 58 * 0.34 + attention) + head
     assert cost.energy_per_token(HAND, ARMS["fp16"], 3) == pytest.approx(dense, rel=1e-12)
     assert cost.energy_per_token(HAND, ARMS["ternary"], 3) == pytest.approx(ternary, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    "changes, addition, multiplication",
+    [
+        ({"weights": "binary"}, 0.007, 0),
+        ({"activations": "none"}, 0.16, 0),
+        ({"activations": "int4_absmax"}, 0.007, 0),
+        ({"weights": "int4_absmax"}, 0.007, 0.07),
+        ({"weights": "int2_absmax"}, 0.007, 0.07),
+        ({"weights": "int2_stretched"}, 0.007, 0.07),
+        ({"weights": "int4_absmax", "activations": "none"}, 0.16, 0.34),
+    ],
+    ids=str,
+)
+def test_energy_of_other_grids_by_hand(changes, addition, multiplication):
+    """The counts of the test above: 92 additions, 120 multiplications, 58 by scales."""
+    attention, head = 2 * (4 * 0.16 + 8 * 0.34), 30 * 0.16 + 40 * 0.34
+    linear = 92 * addition + 120 * multiplication + 58 * 0.34
+    expected = 2 * (linear + attention) + head
+    found = cost.energy_per_token(HAND, get_precision("ternary", **changes), 3)
+    assert found == pytest.approx(expected, rel=1e-12)
+
+
+def test_energy_of_weights_alone_in_float32():
+    arm = dataclasses.replace(ARMS["ternary"], activations="none", compute_dtype=jnp.float32)
+    attention, head = 2 * (4 * 0.38 + 8 * 1.31), 30 * 0.38 + 40 * 1.31
+    expected = 2 * (92 * 0.38 + 58 * 1.31 + attention) + head
+    assert cost.energy_per_token(HAND, arm, 3) == pytest.approx(expected, rel=1e-12)
 
 
 @EACH_CONFIG

@@ -4,46 +4,53 @@ import dataclasses
 import functools
 import operator
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax.granularity import Granularity
+from bitnet_jax.hadamard import factors, hadamard_matrix
 from bitnet_jax.layers import RMSNorm
-from bitnet_jax.matmul import quantized_dot
+from bitnet_jax.matmul import Context, plain_dot
 from bitnet_jax.model import (
     ACTIVATIONS,
     Block,
     Mlp,
     Transformer,
     TransformerConfig,
+    apply_model,
     init_params,
     linear_kernel,
-    unquantized,
+    linear_layers,
 )
-from bitnet_jax.precision import PRECISIONS, get_precision
+from bitnet_jax.precision import PRECISIONS, Precision, get_precision
 
 CONFIG = TransformerConfig(vocab_size=19, layers=3, width=32, ff_width=48, heads=4, kv_heads=2)
 UNTIED = dataclasses.replace(CONFIG, tied_embeddings=False)
 TOKENS = np.array([[3, 1, 4, 0, 5, 9, 2, 6], [8, 7, 18, 17, 16, 15, 14, 13]])  # none comes twice
 TERNARY, FP16, FP32 = (get_precision(name) for name in ("ternary", "fp16", "fp32"))
-
-
+# Computed in float32, whose rounding does not hide what a quantizer does.
+WIDE = Precision("wide", "ternary_absmean", "int8_absmax", compute_dtype=jnp.float32)
+LEARNED = Precision("learned", "ternary_lsq", compute_dtype=jnp.float32)
+CHANNEL_STEPS = dataclasses.replace(LEARNED, granularity=Granularity("channel"))
 SEED = jax.random.key(0)
+# Compiling takes longer than running these models: half as long without LLVM's optimizations.
+jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
-def shapes_of(config):
-    return jax.eval_shape(lambda: init_params(config, FP32, SEED))
+def shapes_of(config, precision=FP32):
+    return jax.eval_shape(lambda: init_params(config, precision, SEED))
 
 
-@functools.partial(jax.jit, static_argnums=(2, 3))
-def apply(params, tokens, config, precision):
-    return Transformer(config, precision).apply({"params": params}, tokens)
+@functools.partial(jit, static_argnums=(2, 3))
+def apply(params, tokens, config, precision, strength=None, key=None):
+    return apply_model(config, precision, params, tokens, Context(strength, key))
 
 
-def logits_of(params, config=CONFIG, precision=FP32, tokens=TOKENS):
-    return np.asarray(apply(params, tokens, config, precision))
+def logits_of(params, config=CONFIG, precision=FP32, tokens=TOKENS, strength=None, key=None):
+    strength = None if strength is None else np.float32(strength)
+    return np.asarray(apply(params, tokens, config, precision, strength, key))
 
 
 def loss(params, config, precision):
@@ -51,20 +58,24 @@ def loss(params, config, precision):
     return jnp.mean(jax.nn.logsumexp(logits, -1) - logits[..., 0])
 
 
-loss_and_gradient = jax.jit(jax.value_and_grad(loss), static_argnums=(1, 2))
+loss_and_gradient = jit(jax.value_and_grad(loss), static_argnums=(1, 2))
 
 
-def random_params(config):
-    """Kernels of unit gain, embeddings of variance 1/D, norm scales that are not all 1."""
+def random_params(config, precision=FP32):
+    """Kernels of unit gain, embeddings of variance 1/D, norm scales that are not all 1.
+
+    Learned steps are near a kernel's size and not what its rule would give.
+    """
     rng = np.random.default_rng(0)
 
     def draw(path, leaf):
-        if path[-1].key == "scale":
-            return rng.uniform(0.5, 2, leaf.shape).astype(np.float32)
+        if path[-1].key in ("scale", "step"):
+            size = 1 if path[-1].key == "scale" else config.width**-0.5
+            return size * rng.uniform(0.5, 2, leaf.shape).astype(np.float32)
         fan_in = leaf.shape[-2] if linear_kernel(path) else config.width
         return rng.normal(scale=fan_in**-0.5, size=leaf.shape).astype(np.float32)
 
-    return jax.tree_util.tree_map_with_path(draw, shapes_of(config))
+    return jax.tree_util.tree_map_with_path(draw, shapes_of(config, precision))
 
 
 @pytest.fixture(scope="module")
@@ -80,18 +91,19 @@ def untied_params():
 def with_kernel(params, group, name, factor):
     """The parameters with one stacked kernel multiplied."""
     kernels = params["blocks"][group]
-    kernels = kernels | {name: {"kernel": factor * kernels[name]["kernel"]}}
+    kernels = kernels | {name: kernels[name] | {"kernel": factor * kernels[name]["kernel"]}}
     return params | {"blocks": params["blocks"] | {group: kernels}}
 
 
 @pytest.fixture(scope="module")
 def wide_arms():
-    """Every arm's initial parameters from one seed, large enough for statistics."""
+    """Every arm's initial parameters from one seed, large enough for statistics; and a learned."""
     config = dataclasses.replace(UNTIED, vocab_size=512, width=128, ff_width=256, kv_heads=4)
 
-    @jax.jit
+    @jit
     def init(key):
-        return {name: init_params(config, arm, key) for name, arm in PRECISIONS.items()}
+        arms = PRECISIONS | {"learned": CHANNEL_STEPS}
+        return {name: init_params(config, arm, key) for name, arm in arms.items()}
 
     return init(SEED), init(jax.random.key(1))
 
@@ -100,7 +112,8 @@ def test_every_arm_starts_from_the_same_float32_parameters(wide_arms):
     arms, others = wide_arms
     reference = arms["fp32"]
     assert {leaf.dtype for leaf in jax.tree.leaves(reference)} == {jnp.dtype(jnp.float32)}
-    for params in arms.values():
+    for name in PRECISIONS:
+        params = arms[name]
         assert jax.tree.structure(params) == jax.tree.structure(reference)
         jax.tree.map(np.testing.assert_array_equal, params, reference)
     assert (np.asarray(others["fp32"]["embedding"]) != np.asarray(reference["embedding"])).all()
@@ -133,13 +146,54 @@ def test_parameter_tree():
     assert len(kernels) == 7
 
 
-def test_options_remove_parameters():
-    tied = shapes_of(CONFIG)
-    assert set(shapes_of(UNTIED)) - set(tied) == {"head"}
-    bare = shapes_of(dataclasses.replace(CONFIG, sub_norms=False))
-    for group in ("attention", "mlp"):
-        removed = set(tied["blocks"][group]) - set(bare["blocks"][group])
-        assert removed == {"sub_norm"}
+def paths_of(config, precision=FP32):
+    leaves = jax.tree_util.tree_leaves_with_path(shapes_of(config, precision))
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): x.shape for path, x in leaves}
+
+
+def test_options_change_the_tree_where_they_should():
+    sub = paths_of(CONFIG)
+    assert paths_of(UNTIED).keys() - sub.keys() == {"head"}
+    pre = paths_of(dataclasses.replace(CONFIG, norms="pre"))
+    assert sub.keys() - pre.keys() == {
+        "blocks/attention/sub_norm/scale",
+        "blocks/mlp/sub_norm/scale",
+    }
+    inside = paths_of(dataclasses.replace(CONFIG, norms="inside"))
+    kernels = {path: shape for path, shape in sub.items() if path.endswith("kernel")}
+    norms = {path.replace("kernel", "norm/scale"): s[:2] for path, s in kernels.items()}
+    rest = {path: sub[path] for path in ("embedding", "final_norm/scale")}
+    assert inside == kernels | norms | rest
+    ungated = paths_of(dataclasses.replace(CONFIG, gated=False))
+    assert ungated == {path: s for path, s in sub.items() if path != "blocks/mlp/gate/kernel"}
+
+
+def test_learned_steps_are_added_beside_equal_kernels(wide_arms):
+    """One for each scale, stacked over blocks; and the initial kernels do not notice."""
+    plain = paths_of(CONFIG)
+    steps = {
+        path.replace("kernel", "step"): (3, 1, 1, shape[2])
+        for path, shape in plain.items()
+        if path.endswith("kernel")
+    }
+    assert len(steps) == 7 and paths_of(CONFIG, CHANNEL_STEPS) == plain | steps
+    found, expected = wide_arms[0]["learned"], wide_arms[0]["fp32"]
+    for name, layer in linear_layers(expected).items():
+        learned = linear_layers(found)[name]
+        np.testing.assert_array_equal(learned["kernel"], layer["kernel"])
+        rule = 2 * np.abs(layer["kernel"]).mean(1)[:, None, None]
+        np.testing.assert_allclose(learned["step"], rule, rtol=1e-6)
+    np.testing.assert_array_equal(found["embedding"], expected["embedding"])
+
+
+def test_linear_layers_are_the_kernels_by_name(params):
+    layers = linear_layers(params)
+    attention = [f"attention/{name}" for name in ("q", "k", "v", "out")]
+    assert sorted(layers) == sorted(attention + ["mlp/gate", "mlp/up", "mlp/down"])
+    assert layers["mlp/up"] is params["blocks"]["mlp"]["up"]
+    inside = random_params(dataclasses.replace(CONFIG, norms="inside"))
+    assert sorted(linear_layers(inside)) == sorted(layers)
+    assert set(linear_layers(inside)["mlp/up"]) == {"kernel", "norm"}
 
 
 def test_initial_variances(wide_arms):
@@ -183,7 +237,7 @@ def test_later_tokens_leave_earlier_logits_equal_to_the_bit(precision, params):
 def test_gradients_are_causal(untied_params):
     """Logits at t have a gradient in the embeddings of tokens 0..t, exactly those."""
 
-    @jax.jit
+    @jit
     def embedding_gradient(t):
         def picked(embedding):
             changed = untied_params | {"embedding": embedding}
@@ -196,13 +250,41 @@ def test_gradients_are_causal(untied_params):
         assert set(np.flatnonzero(touched)) == set(TOKENS[0, : t + 1])
 
 
-def reference_logits(params, c, tokens):
-    """The whole model in float64 numpy, from the papers' formulas."""
+def reference_logits(params, c, tokens, arm=FP32, strength=1.0):
+    """The whole model in float64 numpy, from the papers' formulas; activations unquantized."""
     params = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), params)
     embedding, size = params["embedding"], c.width // c.heads
 
     def norm(x, scale):
         return x / np.sqrt((x * x).mean(-1, keepdims=True) + c.norm_epsilon) * scale["scale"]
+
+    def cut(w, residual):
+        """The parts of a kernel that share a scale."""
+        kind, parts = arm.granularity.kind, arm.granularity.size
+        return np.split(w, parts, axis=0 if residual else 1) if kind == "shard" else [w]
+
+    def kernel_of(layer, residual):
+        w = layer["kernel"]
+        if arm.weights == "none":
+            return w
+        if arm.weights == "ternary_lsq":
+            step = layer["step"].item()
+            hat = step * np.clip(np.round(w / step), -1, 1)
+        else:
+            assert arm.weights == "ternary_absmean"
+            parts = [(part, np.abs(part).mean()) for part in cut(w, residual)]
+            hat = [s * np.clip(np.round(part / s), -1, 1) for part, s in parts]
+            hat = np.concatenate(hat, axis=0 if residual else 1)
+        return w + strength * (hat - w)
+
+    def linear(p, name, x):
+        residual = name in ("out", "down")
+        if c.norms == "inside":
+            x = norm(x, p[name]["norm"])
+        if residual and arm.rotate:
+            dense = functools.reduce(np.kron, map(hadamard_matrix, factors(x.shape[-1])))
+            x = x @ dense / np.sqrt(x.shape[-1])
+        return x @ kernel_of(p[name], residual)
 
     def rotated(x):  # complex numbers: first half real, second half imaginary
         frequencies = c.rope_theta ** (-2 * np.arange(size // 2) / size)
@@ -210,51 +292,108 @@ def reference_logits(params, c, tokens):
         turned = (x[..., : size // 2] + 1j * x[..., size // 2 :]) * turn
         return np.concatenate([turned.real, turned.imag], -1)
 
+    def activation(x):
+        return np.maximum(x, 0) ** 2 if c.activation == "relu2" else x / (1 + np.exp(-x))
+
     def attention(p, x):
-        q, k, v = ((x @ p[n]["kernel"]).reshape(len(x), -1, size) for n in "qkv")
+        q, k, v = (linear(p, n, x).reshape(len(x), -1, size) for n in "qkv")
         k, v = (np.repeat(a, c.heads // c.kv_heads, axis=1) for a in (rotated(k), v))
         scores = np.einsum("tnh,snh->nts", rotated(q), k) / np.sqrt(size)
         weights = np.where(np.tri(len(x), dtype=bool), np.exp(scores), 0)
         y = np.einsum("nts,snh->tnh", weights / weights.sum(-1, keepdims=True), v)
-        return norm(y.reshape(x.shape), p["sub_norm"]) @ p["out"]["kernel"]
+        y = y.reshape(x.shape)
+        return linear(p, "out", norm(y, p["sub_norm"]) if c.norms == "sub" else y)
 
     def mlp(p, x):
-        y = np.maximum(x @ p["gate"]["kernel"], 0) ** 2 * (x @ p["up"]["kernel"])
-        return norm(y, p["sub_norm"]) @ p["down"]["kernel"]
+        y = linear(p, "up", x)
+        y = activation(linear(p, "gate", x)) * y if c.gated else activation(y)
+        return linear(p, "down", norm(y, p["sub_norm"]) if c.norms == "sub" else y)
 
     def forward(x):
         for i in range(c.layers):
             p = jax.tree.map(operator.itemgetter(i), params["blocks"])
-            x = x + attention(p["attention"], norm(x, p["attention_norm"]))
-            x = x + mlp(p["mlp"], norm(x, p["mlp_norm"]))
-        return norm(x, params["final_norm"]) @ embedding.T
+            for group, function in (("attention", attention), ("mlp", mlp)):
+                normed = x if c.norms == "inside" else norm(x, p[group + "_norm"])
+                x = x + function(p[group], normed)
+        head = embedding if c.tied_embeddings else params["head"]
+        return norm(x, params["final_norm"]) @ head.T
 
     return np.stack([forward(embedding[row]) for row in tokens])
 
 
-def test_fp32_logits_against_numpy(params):
-    expected = reference_logits(params, CONFIG, TOKENS)
-    np.testing.assert_allclose(logits_of(params), expected, atol=2e-5)  # logits of order 1
+SHARDS = dataclasses.replace(
+    WIDE, name="shards", activations="none", granularity=Granularity("shard", 2)
+)
+# Each option in two company: a model's shape and an arm that computes in float32.
+VARIANTS = {
+    "sub": ({}, FP32),
+    "pre-silu-untied": (
+        {"norms": "pre", "activation": "silu", "tied_embeddings": False},
+        FP32,
+    ),
+    "inside": ({"norms": "inside"}, FP32),
+    "sub-ungated-silu": ({"gated": False, "activation": "silu"}, FP32),
+    "pre-ungated": ({"norms": "pre", "gated": False}, FP32),
+    "inside-ungated-silu": (
+        {"norms": "inside", "gated": False, "activation": "silu"},
+        FP32,
+    ),
+    "sub-rotated": ({}, dataclasses.replace(FP32, rotate=True)),
+    "inside-rotated-learned": ({"norms": "inside"}, dataclasses.replace(LEARNED, rotate=True)),
+    "pre-learned": ({"norms": "pre"}, LEARNED),
+    "sub-shards": ({}, SHARDS),
+}
 
 
-@pytest.mark.parametrize("precision", [TERNARY, FP32], ids=["ternary", "fp32"])
-def test_scan_equals_a_loop_over_blocks(precision, params):
+@pytest.mark.parametrize("name", VARIANTS)
+def test_logits_against_numpy(name):
+    changes, arm = VARIANTS[name]
+    config = dataclasses.replace(CONFIG, **changes)
+    params = random_params(config, arm)
+    expected = reference_logits(params, config, TOKENS, arm)
+    assert 0.3 < expected.std() < 5
+    np.testing.assert_allclose(logits_of(params, config, arm), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("arm", [LEARNED, SHARDS], ids=lambda arm: arm.name)
+def test_half_the_strength_is_half_the_way_in_every_layer(arm):
+    params = random_params(CONFIG, arm)
+    for strength in (0.5, 1.0):
+        expected = reference_logits(params, CONFIG, TOKENS, arm, strength)
+        found = logits_of(params, CONFIG, arm, strength=strength)
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("changes", [{}, {"norms": "inside", "gated": False}])
+def test_without_strength_the_model_is_the_unquantized_one(changes):
+    """Also the activations; a layer that did not hear of it would be off by its trits."""
+    config = dataclasses.replace(CONFIG, **changes)
+    arm = dataclasses.replace(WIDE, rotate=True)
+    params = random_params(config)
+    plain = logits_of(params, config, dataclasses.replace(FP32, rotate=True))
+    np.testing.assert_allclose(logits_of(params, config, arm, strength=0), plain, atol=1e-5)
+    assert np.abs(logits_of(params, config, arm, strength=1) - plain).max() > 0.2
+
+
+@pytest.mark.parametrize("precision", [TERNARY, FP32, LEARNED], ids=lambda arm: arm.name)
+def test_scan_equals_a_loop_over_blocks(precision):
     """Layers of very different sizes: in the ternary arm a scale for the stack would show."""
+    params = random_params(CONFIG, precision)
     for group, name in [("attention", "q"), ("attention", "out"), ("mlp", "down")]:
         params = with_kernel(params, group, name, np.array([3, 0.2, 1], np.float32)[:, None, None])
-    block = jax.jit(lambda layer, x: Block(CONFIG, precision).apply({"params": layer}, x)[0])
+    block = jit(lambda layer, x: Block(CONFIG, precision).apply({"params": layer}, x, None)[0])
     x = params["embedding"][TOKENS]
     for i in range(CONFIG.layers):
         x = block(jax.tree.map(operator.itemgetter(i), params["blocks"]), x)
 
-    @jax.jit
+    @jit
     def head(x):
         x = RMSNorm(CONFIG.norm_epsilon).apply({"params": params["final_norm"]}, x)
-        return quantized_dot(x, params["embedding"], unquantized(precision), True)
+        return plain_dot(x, params["embedding"], precision)
 
     looped = head(x)
     scanned = logits_of(params, precision=precision)
-    if precision is FP32:
+    if precision is not TERNARY:
         np.testing.assert_allclose(scanned, looped, atol=1e-5)  # logits of order 1
     else:  # where another order of summation moves a value across a step, a code differs
         assert np.abs(scanned - looped.astype(jnp.float32)).max() < 0.05
@@ -290,10 +429,19 @@ def test_only_remat_rematerializes(remat):
     assert "scan" in names and bool(names & {"checkpoint", "remat", "remat2"}) == remat
 
 
-@pytest.mark.parametrize("config, precision", [(CONFIG, TERNARY), (UNTIED, FP32)])
-def test_every_parameter_has_a_gradient(config, precision, params, untied_params):
+@pytest.mark.parametrize(
+    "changes, precision",
+    [
+        ({}, TERNARY),
+        ({"tied_embeddings": False}, FP32),
+        ({"norms": "inside", "gated": False}, LEARNED),
+    ],
+    ids=["ternary", "untied-fp32", "inside-ungated-learned"],
+)
+def test_every_parameter_has_a_gradient(changes, precision):
     """Tied: rows of the embedding that no token reads still get the head's gradient."""
-    params = params if config.tied_embeddings else untied_params
+    config = dataclasses.replace(CONFIG, **changes)
+    params = random_params(config, precision)
     _, gradient = loss_and_gradient(params, config, precision)
     for path, leaf in jax.tree_util.tree_leaves_with_path(gradient):
         leaf = np.asarray(leaf)
@@ -339,31 +487,59 @@ def test_squared_gates_beyond_float16_stay_finite():
     params = mlp_kernels() | {"sub_norm": {"scale": np.ones(48, np.float32)}}
     params["gate"] = {"kernel": np.full((32, 48), 300 / 32, np.float32)}
 
-    @jax.jit
+    @jit
     @jax.value_and_grad
     def total(params):
-        return Mlp(CONFIG, FP16).apply({"params": params}, x).astype(jnp.float32).sum()
+        return Mlp(CONFIG, FP16).apply({"params": params}, x, None).astype(jnp.float32).sum()
 
     value, gradient = total(params)
     assert np.isfinite(value) and value != 0
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(gradient))
 
 
-def test_activations_and_the_gate():
-    """down(act(gate(x)) * up(x)), and not with gate and up exchanged."""
+def test_activations():
     x = np.array([-2.0, 0.0, 3.0], np.float32)
     np.testing.assert_array_equal(ACTIVATIONS["relu2"](x), [0, 0, 9])
     np.testing.assert_allclose(ACTIVATIONS["silu"](x), x / (1 + np.exp(-x)), rtol=1e-6)
-    config = dataclasses.replace(CONFIG, sub_norms=False)
-    x = np.random.default_rng(1).normal(size=(1, 4, 32)).astype(np.float32)
-    params = mlp_kernels()
-    gate, up, down = (params[name]["kernel"].astype(np.float64) for name in params)
-    expected = (np.maximum(x @ gate, 0) ** 2 * (x @ up)) @ down
-    y = jax.jit(Mlp(config, FP32).apply)({"params": params}, x)
-    np.testing.assert_allclose(y, expected, rtol=1e-4, atol=1e-5)  # values of order 1
 
 
-def test_unquantized_keeps_the_dtype_alone():
-    arm = unquantized(TERNARY)
-    assert not arm.quantized and arm.compute_dtype == jnp.bfloat16
-    assert isinstance(Transformer(CONFIG, arm), nn.Module)
+# Stochastic rounding
+
+
+DRAWING = dataclasses.replace(WIDE, estimator="stochastic", activation_estimator="stochastic")
+SHALLOW = dataclasses.replace(UNTIED, layers=2, gated=False)
+
+
+def drawn(params, keys):
+    """Logits under each of the keys."""
+    return np.stack([logits_of(params, SHALLOW, DRAWING, key=key) for key in keys])
+
+
+def test_stochastic_rounding_draws_by_the_key_and_only_with_one():
+    """Without a key, as in evaluation, the arm is the one that rounds to nearest, to the bit."""
+    params = random_params(SHALLOW)
+    nearest = logits_of(params, SHALLOW, WIDE)
+    np.testing.assert_array_equal(logits_of(params, SHALLOW, DRAWING), nearest)
+    same, again, other = drawn(params, [jax.random.key(seed) for seed in (0, 0, 1)])
+    np.testing.assert_array_equal(same, again)
+    for a, b in [(same, nearest), (same, other)]:
+        assert np.abs(a - b).max() > 0.05
+
+
+def test_blocks_draw_independently():
+    """Two equal blocks that hardly move the residual stream: their noises add as variances.
+
+    The same draw in both would give four times a single block's variance, not twice.
+    """
+    params = random_params(SHALLOW)
+    params["blocks"] = jax.tree.map(lambda w: np.stack([w[0], w[0]]), params["blocks"])
+
+    def variance(first, second):
+        sized = params
+        for group, name in [("attention", "out"), ("mlp", "down")]:
+            factor = np.array([first, second], np.float32)[:, None, None]
+            sized = with_kernel(sized, group, name, factor)
+        logits = drawn(sized, jax.random.split(SEED, 64)).astype(np.float64)
+        return logits.var(axis=0, ddof=1).mean()
+
+    assert variance(1e-3, 1e-3) / variance(1e-3, 0) == pytest.approx(2, abs=0.5)

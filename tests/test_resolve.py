@@ -8,14 +8,15 @@ import pytest
 from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import SHAPE_KEYS, loop_options, resolve
 from bitnet_jax.errors import ConfigError
-from bitnet_jax.optim import tuned_peak_lr
+from bitnet_jax.optim import OptimizerConfig, Schedule, tuned_peak_lr
+from bitnet_jax.phases import Phases
 from bitnet_jax.precision import PRECISIONS, get_precision
 
 INF, NAN = float("inf"), float("nan")
 
 # Overrides, the key that the message names, and a part of what it says would be right.
 BAD = [
-    ({"precision": "fp17"}, "precision='fp17'", "choose from ternary, fp16, bf16, fp32"),
+    ({"precision": "fp17"}, "precision='fp17'", "choose from ternary, binary, fp16, bf16, fp32"),
     ({"matmul.carrier": "int4"}, "matmul.carrier='int4'", "bfloat16, int8"),
     ({"model.size": "5k"}, "model.size='5k'", "choose from 27k"),
     ({"model.width": 18, "model.heads": 4}, "model.width=18", "divide by model.heads=4"),
@@ -25,7 +26,9 @@ BAD = [
     *(({f"model.{k}": 0}, f"model.{k}=0", "at least 1") for k in ("layers", "width", "ff_width")),
     *(({f"model.{k}": 0}, f"model.{k}=0", "at least 1") for k in ("heads", "kv_heads")),
     ({"model.layers": -1}, "model.layers=-1", "at least 1"),
-    ({"model.activation": "tanh"}, "model.activation='tanh'", "relu2, silu"),
+    ({"model.activation": "tanh"}, "model.activation='tanh'", "relu2, silu, gelu"),
+    ({"model.norms": "post"}, "model.norms='post'", "sub, pre, inside"),
+    ({"model.init": "zero"}, "model.init='zero'", "fan_in, flax, nanotron, subln, quantizer"),
     ({"model.norm_epsilon": 0.0}, "model.norm_epsilon=0.0", "positive"),
     ({"model.rope_theta": 1.0}, "model.rope_theta=1.0", "above 1"),
     ({"data.sequence_length": 1}, "data.sequence_length=1", "at least 2"),
@@ -48,9 +51,12 @@ BAD = [
     ({"train.tokens": (2560, 2560)}, "train.tokens=(2560, 2560)", "increasing"),
     ({"train.tokens": (2560, 2570)}, "train.tokens=(2560, 2570)", "further batch of 128"),
     ({"train.tokens": (50,)}, "train.tokens=(50,)", "further batch of 128"),
-    ({"schedule.name": "linear"}, "schedule.name='linear'", "wsd, cosine, two_stage"),
+    ({"schedule.name": "linear"}, "schedule.name='linear'", "wsd, cosine, two_stage, trilm"),
     ({"schedule.name": "cosine"}, "train.tokens=(2560, 5120)", "one budget"),
     ({"schedule.name": "two_stage"}, "train.tokens=(2560, 5120)", "one budget"),
+    ({"schedule.name": "trilm"}, "train.tokens=(2560, 5120)", "one budget"),
+    *(({"schedule.second_peak": v}, f"schedule.second_peak={v}", "(0, 1]")
+      for v in (0.0, 1.5, NAN)),
     ({"schedule.warmup_fraction": 1.0}, "schedule.warmup_fraction=1.0", "[0, 1)"),
     ({"schedule.warmup_fraction": -0.1}, "schedule.warmup_fraction=-0.1", "[0, 1)"),
     ({"schedule.warmup_fraction": 0.9}, "schedule.warmup_fraction=0.9", "before the first decay"),
@@ -58,19 +64,27 @@ BAD = [
     ({"schedule.decay_fraction": 1.1}, "schedule.decay_fraction=1.1", "(0, 1]"),
     ({"schedule.final_ratio": -1.0}, "schedule.final_ratio=-1.0", "[0, 1]"),
     ({"schedule.final_ratio": 2.0}, "schedule.final_ratio=2.0", "[0, 1]"),
-    ({"optim.name": "sgd"}, "optim.name='sgd'", "adamw"),
+    ({"optim.name": "sgd"}, "optim.name='sgd'", "adamw, lion, muon, bop"),
+    ({"optim.latents": "float16"}, "optim.latents='float16'",
+     "float32, bfloat16, bfloat16_stochastic"),
+    *(({"optim.latent_clip": v}, f"optim.latent_clip={v}", "must not be negative")
+      for v in (-1.0, NAN)),
     ({"optim.b1": 1.0}, "optim.b1=1.0", "[0, 1)"),
     ({"optim.b2": -0.5}, "optim.b2=-0.5", "[0, 1)"),
     *(({f"optim.{k}": v}, f"optim.{k}={v}", "positive")
-      for k in ("peak_lr", "epsilon", "clip_norm") for v in (0.0, -1.0, NAN)),
+      for k in ("peak_lr", "epsilon", "clip_norm", "bop_ratio", "bop_threshold")
+      for v in (0.0, -1.0, NAN)),
     *(({key: v}, f"{key}={v}", "must not be negative")
       for key in ("optim.weight_decay", "loss.z_loss") for v in (-0.1, NAN)),
-    *(({k: float("inf")}, f"{k}=inf", "finite") for k in ("optim.peak_lr", "model.rope_theta")),
+    *(({k: INF}, f"{k}=inf", "finite")
+      for k in ("optim.peak_lr", "model.rope_theta", "quantization.steepness",
+                "loss.regularizer_weight", "optim.latent_clip")),
     ({"seed": -1}, "seeds.init=-1", "[0, 2^31)"),
     ({"seeds.data": 2**31}, f"seeds.data={2**31}", "[0, 2^31)"),
     ({"eval.tokens": 5}, "eval.tokens=5", "at least data.sequence_length=16"),
     ({"eval.tokens": -16}, "eval.tokens=-16", "at least data.sequence_length=16"),
     ({"log.every": 0}, "log.every=0", "at least 1"),
+    ({"log.gradient_sample": -1}, "log.gradient_sample=-1", "must not be negative"),
     ({"eval.every": -1}, "eval.every=-1", "must not be negative"),
     ({"checkpoint.seconds": -1.0}, "checkpoint.seconds=-1.0", "must not be negative"),
     ({"tracking.wandb": "yes"}, "tracking.wandb='yes'", "online, offline, disabled"),
@@ -106,7 +120,10 @@ def test_defaults_resolve(tiny_corpus):
     config = default.get_config()
     spec = resolve(config, tiny_corpus)
     loop_options(config)
-    assert (spec.size, spec.step.precision.name) == ("330k", "ternary")
+    assert (spec.size, spec.step.precision) == ("330k", PRECISIONS["ternary"])
+    assert (spec.step.optimizer, spec.phases) == (OptimizerConfig(), Phases())
+    assert (spec.step.regularizer, spec.step.microbatches, spec.step.warming) == ("none", 1, False)
+    assert spec.tags == ()
     assert (spec.step.model.layers, spec.step.model.width) == (3, 96)
     assert spec.step.model.vocab_size == tiny_corpus.vocab_size
     assert spec.ends == (round(1_000_000 / config.train.batch_tokens),)
@@ -118,9 +135,9 @@ def test_every_default_is_explained():
     keys = [line for line in lines if re.match(r"    c\.[\w.]+ = ", line)]
     bare = [k for k in keys if "#" not in k and "ConfigDict()" not in k and not k.endswith("(")]
     shape = [f"c.model.{key}" for key in SHAPE_KEYS]  # "the five below"
-    grouped = ["c.optim.name", "c.optim.b1", "c.optim.b2", "c.optim.epsilon", *shape]
+    grouped = ["c.optim.b1", "c.optim.b2", "c.optim.epsilon", *shape]
     assert [k for k in bare if k.split()[0] not in grouped] == []
-    assert len(keys) > 40
+    assert len(keys) > 60
 
 
 def test_derived_values(tiny_config, tiny_corpus):
@@ -141,9 +158,45 @@ def test_overrides_of_the_shape(tiny_config, tiny_corpus):
     model = resolve(tiny_config(), tiny_corpus).step.model
     assert (model.layers, model.width, model.ff_width) == (1, 16, 32)
     assert (model.heads, model.kv_heads, model.vocab_size) == (2, 1, 256)
-    other = tiny_config({"model.activation": "silu", "model.sub_norms": False})
+    shape = {"activation": "silu", "gated": False, "norms": "inside", "init": "subln"}
+    other = tiny_config({f"model.{key}": value for key, value in shape.items()})
     model = resolve(other, tiny_corpus).step.model
-    assert (model.activation, model.sub_norms) == ("silu", False)
+    assert {key: getattr(model, key) for key in shape} == shape
+    default_model = resolve(default.get_config(), tiny_corpus).step.model
+    assert {key: getattr(default_model, key) for key in shape} == {
+        "activation": "relu2", "gated": True, "norms": "sub", "init": "fan_in",
+    }  # fmt: skip
+
+
+def test_optimizer_and_losses_reach_the_step(tiny_config, tiny_corpus):
+    """Each key to the field of its name, and to no other."""
+    optim = {
+        "name": "lion", "b1": 0.8, "b2": 0.99, "epsilon": 1e-7, "clip_norm": 2.0,
+        "latents": "bfloat16_stochastic", "latent_clip": 1.5, "bop_ratio": 0.3,
+        "bop_threshold": 1e-4,
+    }  # fmt: skip
+    loss = {"z_loss": 1e-3, "regularizer": "dampening", "regularizer_weight": -2.0}
+    overrides = {f"optim.{key}": value for key, value in optim.items()}
+    overrides |= {f"loss.{key}": value for key, value in loss.items()}
+    overrides |= {"precision": "ternary", "train.microbatches": 4}
+    step = resolve(tiny_config(overrides), tiny_corpus).step
+    assert dataclasses.asdict(step.optimizer) == optim
+    assert {key: getattr(step, key) for key in loss} == loss
+    assert step.microbatches == 4
+
+
+def test_schedule_of_the_config(tiny_config, tiny_corpus):
+    keys = {"name": "trilm", "warmup_fraction": 0.25, "final_ratio": 0.1, "second_peak": 0.625}
+    overrides = {f"schedule.{key}": value for key, value in keys.items()}
+    spec = resolve(tiny_config({**overrides, "train.tokens": (5120,)}), tiny_corpus)
+    assert spec.schedule == Schedule("trilm", 10, 0.2, 0.1, 0.625)
+
+
+def test_tags_are_words_in_order(tiny_config, tiny_corpus):
+    config = tiny_config()
+    config.tags.kind, config.tags.base, config.tags.number = "with", "full", 3
+    spec = resolve(config, tiny_corpus)
+    assert spec.tags == (("base", "full"), ("kind", "with"), ("number", "3"))
 
 
 def test_budgets_round_to_whole_batches(tiny_config, tiny_corpus):
@@ -155,3 +208,7 @@ def test_loop_options(tiny_config):
     options = loop_options(tiny_config(overrides))
     assert (options.log_every, options.eval_every, options.checkpoint_seconds) == (7, 3, 0.0)
     assert (options.wandb_mode, options.wandb_project) == ("offline", "bitnet_jax")
+    assert (options.log_layers, options.gradient_sample, options.keep_model) == (True, 0, True)
+    other = {"log.layers": False, "log.gradient_sample": 5, "checkpoint.keep_model": False}
+    options = loop_options(tiny_config(other))
+    assert (options.log_layers, options.gradient_sample, options.keep_model) == (False, 5, False)

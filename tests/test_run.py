@@ -154,7 +154,7 @@ MISTAKES = [
     ("--config.train.tokens=(5120,2560)", "train.tokens=(5120, 2560)", "increasing"),
     ("--config.train.tokens=(2560,2560)", "train.tokens=(2560, 2560)", "increasing"),
     ("--config.train.tokens=(1e400,)", "train.tokens=(inf,)", "whole numbers"),
-    ("--config.precision=fp17", "precision='fp17'", "ternary, fp16, bf16, fp32"),
+    ("--config.precision=fp17", "precision='fp17'", "ternary, binary, fp16, bf16, fp32"),
     ("--config.model.size=28k", "model.size='28k'", "27k"),
     ("--config.model.width=15", "model.width=15", "divide by model.heads=2"),
     ("--config.log.every=0", "log.every=0", "at least 1"),

@@ -14,7 +14,10 @@ from bitnet_jax.configs.resolve import resolve
 SAME = [
     {"log.every": 3},
     {"eval.every": 5},
+    {"log.layers": False},
+    {"log.gradient_sample": 4},
     {"checkpoint.seconds": 0.5},
+    {"checkpoint.keep_model": False},
     {"tracking.wandb": "online"},
     {"tracking.project": "other"},
     {"name": "other"},
@@ -22,8 +25,12 @@ SAME = [
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},
     {"train.tokens": (2600, 5100)},  # the same whole batches
     {"matmul.carrier": "int8"},  # equal to bfloat16's, bit for bit: test_train
-    {"sweep.anything": 3},
+    {"precision": "fp32", "quantization.granularity": "tensor"},  # what it is without being said
+    {"quantization.estimator": "identity", "quantization.rotate": False},
 ]
+# Keys that the default config does not have.
+NEW = [{"sweep.anything": 3}, {"tags.base": "full", "tags.change": "none"}]
+T = {"precision": "ternary"}
 DIFFERENT = [
     {"seed": 1},
     {"seeds.init": 1},
@@ -35,7 +42,10 @@ DIFFERENT = [
     {"model.ff_width": 64},
     {"model.kv_heads": 2},
     {"model.activation": "silu"},
-    {"model.sub_norms": False},
+    {"model.gated": False},
+    {"model.norms": "pre"},
+    {"model.norms": "inside"},
+    {"model.init": "flax"},
     {"model.tied_embeddings": False},
     {"model.rope_theta": 10_000.0},
     {"model.norm_epsilon": 1e-6},
@@ -49,26 +59,48 @@ DIFFERENT = [
     {"schedule.warmup_fraction": 0.2},
     {"schedule.decay_fraction": 0.3},
     {"schedule.final_ratio": 0.1},
+    {"schedule.second_peak": 0.5},
+    {"schedule.name": "trilm", "train.tokens": (5120,)},
     {"optim.peak_lr": 0.010001},
     {"optim.weight_decay": 0.0},
     {"optim.b1": 0.8},
     {"optim.b2": 0.9},
     {"optim.epsilon": 1e-6},
     {"optim.clip_norm": 2.0},
+    *({"optim.name": name} for name in ("lion", "muon")),
+    *({"optim.latents": latents} for latents in ("bfloat16", "bfloat16_stochastic")),
+    {"optim.latent_clip": 2.0},
+    {"optim.bop_ratio": 0.3},
+    {"optim.bop_threshold": 1e-6},
     {"loss.z_loss": 1e-4},
     {"eval.tokens": 0},
-]
+    {"precision": "binary"},
+    {"quantization.weights": "ternary_absmean"},
+    {"quantization.activations": "int8_absmax"},
+    {**T, "quantization.weights": "ternary_twn"},
+    {**T, "quantization.activations": "none"},
+    {**T, "quantization.granularity": "channel"},
+    *({**T, "quantization.granularity": kind, "quantization.granularity_size": size}
+      for kind in ("group", "shard") for size in (2, 4)),
+    {**T, "quantization.estimator": "trust"},
+    {**T, "quantization.activation_estimator": "trust"},
+    {**T, "quantization.rotate": True},
+    *({**T, "quantization.warmup": name} for name in ("linear", "sigmoid")),
+    {**T, "quantization.warmup": "linear", "quantization.warmup_fraction": 0.5},
+    {**T, "quantization.warmup": "sigmoid", "quantization.steepness": 4.0},
+    {**T, "quantization.late_activations": "int4_absmean"},
+    {**T, "quantization.late_activations": "int4_absmax"},
+    {**T, "quantization.late_activations": "int4_absmean", "quantization.late_fraction": 0.1},
+    *({**T, "loss.regularizer": "sin2", "loss.regularizer_weight": w} for w in (1.0, -1.0)),
+    {**T, "loss.regularizer": "dampening", "loss.regularizer_weight": 1.0},
+    {**T, "optim.name": "bop"},
+]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def spec_of(tiny_config, tiny_corpus):
     def make(overrides=None, corpus=tiny_corpus):
-        config = tiny_config()
-        if overrides and "sweep.anything" in overrides:
-            config.sweep.anything = overrides["sweep.anything"]
-        else:
-            config = tiny_config(overrides)
-        return resolve(config, corpus)
+        return resolve(tiny_config(overrides), corpus)
 
     return make
 
@@ -76,6 +108,25 @@ def spec_of(tiny_config, tiny_corpus):
 @pytest.mark.parametrize("overrides", SAME, ids=str)
 def test_same_run(spec_of, overrides):
     assert spec_of(overrides).run_id == spec_of().run_id
+
+
+@pytest.mark.parametrize("overrides", NEW, ids=str)
+def test_a_sweeps_own_words_are_no_part_of_a_run(spec_of, tiny_config, tiny_corpus, overrides):
+    config = tiny_config()
+    for key, value in overrides.items():
+        group, name = key.split(".")
+        config[group][name] = value
+    spec = resolve(config, tiny_corpus)
+    assert spec.run_id == spec_of().run_id
+    assert "full" not in json.dumps(spec.identity())
+    tags = {key: value for key, value in overrides.items() if key.startswith("tags.")}
+    assert {f"tags.{key}": value for key, value in spec.tags} == tags
+
+
+def test_carriers_share_a_run_with_a_late_arm_too(spec_of):
+    late = {**T, "quantization.late_activations": "int4_absmean"}
+    assert spec_of({**late, "matmul.carrier": "int8"}).run_id == spec_of(late).run_id
+    assert spec_of({**late, "matmul.carrier": "int8"}).deployed.precision.carrier == "int8"
 
 
 @pytest.mark.parametrize("overrides", DIFFERENT, ids=str)
@@ -94,7 +145,6 @@ def test_every_key_is_accounted_for(tiny_config):
     elsewhere = {
         "data.source",  # by the tokens' hash: test_data_by_content
         "model.heads",  # with a size of its own
-        "optim.name",  # there is one
     }
     keys = set(flatten(tiny_config().to_dict()))
     assert keys - listed - elsewhere == set()
@@ -128,6 +178,25 @@ def test_run_id_is_readable_and_a_file_name(spec_of):
     assert Path(run_id).name == run_id
 
 
+def test_run_id_says_how_an_arm_was_changed(spec_of):
+    q = {"weights": "ternary_twn", "granularity": "group", "granularity_size": 8, "rotate": True,
+         "late_activations": "int4_absmean"}  # fmt: skip
+    run_id = spec_of({**T, **{f"quantization.{key}": value for key, value in q.items()}}).run_id
+    arm = run_id.split("kv_heads1-")[1].rsplit("-s0-", 1)[0]
+    name, *changes, late = arm.split("+")
+    assert (name, late) == ("ternary", "late=int4_absmean")
+    assert set(changes) == {"weights=ternary_twn", "granularity=group8", "rotate=true"}
+    assert Path(run_id).name == run_id
+
+
+def test_the_deployed_arm_is_the_late_one(spec_of):
+    assert spec_of(T).deployed == spec_of(T).step
+    late = spec_of({**T, "quantization.late_activations": "int4_absmean"})
+    assert late.step.precision.activations == "int8_absmax"
+    assert late.deployed.precision.activations == "int4_absmean"
+    assert dataclasses.replace(late.deployed, precision=late.step.precision) == late.step
+
+
 def test_identity_is_json_and_complete(spec_of):
     identity = spec_of().identity()
     assert json.loads(json.dumps(identity, allow_nan=False)) == identity
@@ -135,6 +204,10 @@ def test_identity_is_json_and_complete(spec_of):
     assert identity["ends"] == [20, 40] and identity["peak_lr"] == 0.01
     assert identity["data"]["name"] == "corpus" and len(identity["data"]["sha256"]) == 64
     assert "path" not in json.dumps(identity)
+    assert "tags" not in identity and identity["phases"]["late"] is None
+    late = spec_of({**T, "quantization.late_activations": "int4_absmean"}).identity()
+    assert json.loads(json.dumps(late, allow_nan=False)) == late
+    assert late["phases"]["late"]["activations"] == "int4_absmean"
 
 
 SCRIPT = """

@@ -12,6 +12,8 @@ from sweeps.grid import axis, chain, parse_arg, product, zipit
 
 FOLDER = Path(isoflop.__file__).parent
 FILES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "__init__.py", FOLDER / "grid.py"})
+# These compare variants of one arm; all others compare the two arms.
+OF_VARIANTS = ("ingredients", "optimizers", "presets")
 
 
 def test_axis():
@@ -79,14 +81,17 @@ def test_every_sweep_is_a_plan(planned, tmp_path):
     config, plan = planned
     ids = [run.spec.run_id for run in plan.runs]
     assert len(set(ids)) == len(ids) >= 8
-    assert {run.spec.step.precision.name for run in plan.runs} == {"ternary", "fp16"}
+    arms = {run.spec.step.precision.name for run in plan.runs}
+    assert config.name in OF_VARIANTS or arms == {"ternary", "fp16"}
     assert plan.name == config.name and plan.directory == tmp_path / config.name
     assert not list(tmp_path.iterdir())
 
 
 def test_arms_are_paired(planned):
     """Each ternary run has an fp16 twin that differs in the arm and its learning rate alone."""
-    _, plan = planned
+    config, plan = planned
+    if config.name in OF_VARIANTS:
+        pytest.skip("it has no pairs of arms")
 
     def twin(spec):
         same = spec.step.model, spec.ends, spec.batch_size, spec.schedule
@@ -99,6 +104,22 @@ def test_arms_are_paired(planned):
         for name in ("ternary", "fp16")
     }
     assert arms["ternary"] == arms["fp16"]
+
+
+def test_variants_have_their_base_at_every_seed(planned):
+    """Tags say what a run is a variant of; effects are differences at one seed."""
+    config, plan = planned
+    if config.name not in ("ingredients", "presets"):
+        pytest.skip("it has no base")
+    seeds = {}
+    for run in plan.runs:
+        tags = dict(run.spec.tags)
+        variant = tags["base"], tags["kind"], tags["change"]
+        seeds.setdefault(variant, []).append(run.spec.seed_init)
+        assert run.spec.seed_data == run.spec.seed_init
+        assert (tags["kind"] == "base") == (tags["change"] == "")
+    assert {tuple(found) for found in seeds.values()} == {tuple(config.sweep.seeds)}
+    assert {(base, "base", "") for base, _, _ in seeds} <= set(seeds) and len(seeds) > 5
 
 
 def plan_of(name, corpus, workdir, arg=""):

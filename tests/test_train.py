@@ -1,5 +1,6 @@
 """Whole runs: resumption to the bit, endpoints of one trunk, divergence, and what is written."""
 
+import dataclasses
 import json
 import math
 import subprocess
@@ -10,16 +11,38 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_train_step import STOCHASTIC
 
 from bitnet_jax import train as module
-from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.checkpoint import Checkpointer, load_model
 from bitnet_jax.configs.resolve import loop_options, resolve
-from bitnet_jax.data import train_batches
+from bitnet_jax.data import train_batches, validation_rows
+from bitnet_jax.gradient_check import estimator_cosine
+from bitnet_jax.model import linear_layers
 from bitnet_jax.train import SKIPS_TO_DIVERGE, Interrupted, train_and_evaluate
 from bitnet_jax.train_step import compiled_eval_step, compiled_init, compiled_train_step
 
 # The tiny run: trunk [0, 16), decay [16, 20), trunk [16, 32), decay [32, 40). In ticks:
 FIRST_DECAY, SECOND_TRUNK, SECOND_DECAY, END = 16, 20, 36, 44
+
+# A shorter one: trunk [0, 8), decay [8, 10), trunk [8, 16), decay [16, 20), in 22 ticks.
+SHORT = {"train.tokens": (10 * 128, 20 * 128), "log.every": 3}
+# All that can change on the way: quantization grows over 5 steps, and the last tenth of each budget
+# (from step 9, and from 18) has other activations.
+PHASED = {
+    **SHORT,
+    "precision": "ternary",
+    "quantization.warmup": "linear",
+    "quantization.warmup_fraction": 0.5,
+    "quantization.late_activations": "int4_absmean",
+    "quantization.late_fraction": 0.1,
+    "loss.regularizer": "sin2",
+    "loss.regularizer_weight": 0.1,
+    "log.gradient_sample": 3,
+    "eval.every": 4,
+}
+# All that is random.
+RANDOM = {**SHORT, **STOCHASTIC, "precision": "ternary"}
 
 
 @pytest.fixture(scope="module")
@@ -133,7 +156,24 @@ def test_resumed_equals_undisturbed_in_both_arms(launch, undisturbed, tmp_path, 
     assert_same_results(tmp_path, undisturbed(**arm))
 
 
-@pytest.mark.parametrize("schedule", ["cosine", "two_stage"])
+@pytest.mark.parametrize("overrides", [PHASED, RANDOM], ids=["phased", "random"])
+def test_interrupted_at_every_tick(
+    launch, undisturbed, tiny_config, tiny_corpus, tmp_path, overrides
+):
+    """Phases, telemetry, draws and bfloat16 latents: rows, metrics and the model, to the bit."""
+    for stop in range(22):
+        assert launch(tmp_path, overrides, stop) is None
+    launch(tmp_path, overrides)
+    expected = undisturbed(**overrides)
+    assert_same_results(tmp_path, expected)
+    params = compiled_init(resolve(tiny_config(overrides), tiny_corpus).step)(0).params
+    found, expected = (jax.tree.leaves(load_model(d, params)) for d in (tmp_path, expected))
+    assert {leaf.dtype.name for leaf in found} == {leaf.dtype.name for leaf in expected}
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "two_stage", "trilm"])
 def test_resumed_equals_undisturbed_on_other_schedules(launch, undisturbed, tmp_path, schedule):
     single = {"schedule.name": schedule, "train.tokens": (2560,)}
     assert launch(tmp_path, single, 13) is None
@@ -200,14 +240,14 @@ except Interrupted:
 
 @pytest.mark.slow
 def test_resumed_in_a_fresh_process(undisturbed, tiny_overrides, tmp_path):
-    arm = {"precision": "ternary"}
-    for stop, status in ((FIRST_DECAY + 1, 9), (-1, 0)):
-        arguments = [json.dumps({**tiny_overrides, **arm}), str(tmp_path), str(stop)]
+    """Draws are the same in every process."""
+    for stop, status in ((9, 9), (-1, 0)):
+        arguments = [json.dumps({**tiny_overrides, **RANDOM}), str(tmp_path), str(stop)]
         command = [sys.executable, "-c", SCRIPT, *arguments]
         root = Path(__file__).parent.parent
         done = subprocess.run(command, cwd=root, capture_output=True, text=True)
         assert done.returncode == status, done.stderr
-    assert_same_results(tmp_path, undisturbed(**arm))
+    assert_same_results(tmp_path, undisturbed(**RANDOM))
 
 
 # One trunk, several endpoints
@@ -248,30 +288,129 @@ def test_endpoints_equal_a_plain_loop(launch, tiny_config, tiny_corpus, tmp_path
         assert row["bits_per_byte"] == pytest.approx(bits, rel=1e-7)
 
 
-def test_first_endpoint_does_not_know_of_the_second(launch, undisturbed, tmp_path):
+@pytest.mark.parametrize("overrides", [{}, PHASED, RANDOM], ids=["plain", "phased", "random"])
+def test_first_endpoint_does_not_know_of_the_second(launch, undisturbed, tmp_path, overrides):
     """Bit-equal to a run with only that budget, whose warm-up is the same."""
-    launch(tmp_path, {"train.tokens": (2560,)})
-    (alone,), (first, _) = endpoints(tmp_path), endpoints(undisturbed())
+    budget = overrides.get("train.tokens", (2560,))[0]
+    launch(tmp_path, {**overrides, "train.tokens": (budget,)})
+    (alone,), (first, _) = endpoints(tmp_path), endpoints(undisturbed(**overrides))
     assert alone.pop("run_id") != first.pop("run_id")
     assert alone == first
 
 
-def test_options_cannot_change_a_result(launch, undisturbed, tmp_path):
+FP32_OPTIONS = [{"log.every": 1}, {"log.every": 50}, {"eval.every": 3}, {"checkpoint.seconds": 0.0}]
+TERNARY_OPTIONS = [
+    {"log.every": 1}, {"log.layers": False}, {"checkpoint.keep_model": False}, {"eval.every": 0},
+    {"log.gradient_sample": 0},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "overrides, options", [({}, FP32_OPTIONS), (PHASED, TERNARY_OPTIONS)], ids=["plain", "phased"]
+)
+def test_options_cannot_change_a_result(launch, undisturbed, tmp_path, overrides, options):
     """What the identity leaves out, `train_loss` included."""
-    for i, options in enumerate(
-        [{"log.every": 1}, {"log.every": 50}, {"eval.every": 3}, {"checkpoint.seconds": 0.0}]
-    ):
-        launch(tmp_path / str(i), options)
-        assert endpoints(tmp_path / str(i)) == endpoints(undisturbed()), options
+    for i, option in enumerate(options):
+        launch(tmp_path / str(i), {**overrides, **option})
+        assert endpoints(tmp_path / str(i)) == endpoints(undisturbed(**overrides)), option
 
 
-@pytest.mark.parametrize("precision", ["ternary", "fp16", "bf16", "fp32"])
+def by_hand(spec, corpus, end, visit=lambda done, params: None):
+    """The state at an endpoint of the short run: its rates, programs and strengths spelt out.
+
+    visit: called with the parameters before the first step and after each.
+    """
+    base, start = spec.step, end - end // 5
+    state = compiled_init(base)(spec.seed_init)
+    batches = train_batches(corpus.train, 16, 8, spec.seed_data)
+    visit(0, state.params)
+    for step in range(end):
+        lr = 0.01 if step < start else 0.01 * (1 - (step - start) / (end - start))
+        program, strength = base, 1.0
+        if spec.phases.warmup != "none" and step < 5:
+            program, strength = dataclasses.replace(base, warming=True), step / 5
+        if spec.phases.late and step >= end - end // 10:
+            late = dataclasses.replace(base.precision, activations="int4_absmean")
+            program = dataclasses.replace(base, precision=late)
+        rates = map(np.float32, (lr, 0.1, strength))
+        state, _ = compiled_train_step(program)(state, batches[step], *rates)
+        visit(step + 1, state.params)
+    return state
+
+
+def held_out(config, params, corpus):
+    """Mean loss over the held-out rows of the tiny run."""
+    rows = validation_rows(corpus.valid, 16, 29 * 16)
+    padded = np.concatenate([rows, np.zeros((3, 17), np.int32)]).reshape(-1, 8, 17)
+    nats = np.concatenate([compiled_eval_step(config)(params, batch) for batch in padded])
+    return nats[:29].astype(np.float64).mean()
+
+
+@pytest.mark.parametrize("overrides", [PHASED, RANDOM], ids=["phased", "random"])
+def test_phases_and_draws_equal_a_plain_loop(undisturbed, tiny_config, tiny_corpus, overrides):
+    """Each endpoint alone, every step's program chosen by hand; the late arm is evaluated."""
+    spec = resolve(tiny_config(overrides), tiny_corpus)
+    late = dataclasses.replace(spec.step.precision, activations="int4_absmean")
+    deployed = dataclasses.replace(spec.step, precision=late) if spec.phases.late else spec.step
+    for row, end in zip(endpoints(undisturbed(**overrides)), (10, 20), strict=True):
+        params = by_hand(spec, tiny_corpus, end).params
+        assert row["loss"] == pytest.approx(held_out(deployed, params, tiny_corpus), rel=1e-7)
+        assert row["precision"] == spec.step.precision.name
+        if spec.phases.late:
+            assert row["loss"] != pytest.approx(held_out(spec.step, params, tiny_corpus), rel=1e-5)
+
+
+def test_evaluation_on_the_way_is_of_the_arm_of_that_step(undisturbed, tiny_config, tiny_corpus):
+    """Fully quantized though quantization still grows; with the late activations once they are."""
+    spec = resolve(tiny_config(PHASED), tiny_corpus)
+    lines = {
+        (line["step"], line["decay_to"]): line for line in metrics(undisturbed(**PHASED), "eval")
+    }
+    assert list(lines) == [(4, None), (12, None)], "8 and 16 are where trunks end"
+    known = {}
+
+    def evaluate(done, params):
+        if done in (4, 12):
+            known[done] = held_out(spec.step, params, tiny_corpus)
+
+    by_hand(spec, tiny_corpus, 20, evaluate)
+    for done, loss in known.items():
+        assert lines[done, None]["valid_loss"] == pytest.approx(loss, rel=1e-7)
+
+
+def test_evaluation_within_the_late_part(launch, tiny_config, tiny_corpus, tmp_path):
+    launch(tmp_path, {**PHASED, "eval.every": 19})
+    (line,) = metrics(tmp_path, "eval")
+    spec = resolve(tiny_config(PHASED), tiny_corpus)
+    known = {}
+
+    def evaluate(done, params):
+        if done == 19:
+            known[done] = held_out(spec.deployed, params, tiny_corpus)
+
+    by_hand(spec, tiny_corpus, 20, evaluate)
+    assert (line["step"], line["decay_to"]) == (19, 2560)
+    assert line["valid_loss"] == pytest.approx(known[19], rel=1e-7)
+
+
+@pytest.mark.parametrize("precision", ["ternary", "binary", "fp16", "bf16", "fp32"])
 def test_every_arm_learns(launch, tmp_path, precision):
     launch(tmp_path, {"precision": precision, "train.tokens": (30 * 128,)})
     first, *_, last = [line["loss"] for line in metrics(tmp_path, "train")]
     (row,) = endpoints(tmp_path)
     assert first > 4.5 and last < 3 and row["loss"] < 3
     assert row["status"] == "ok" and row["precision"] == precision
+
+
+@pytest.mark.parametrize("name, rate", [("lion", 3e-3), ("muon", 1e-2), ("bop", 1e-2)])
+def test_every_optimizer_learns(launch, tmp_path, name, rate):
+    """And its codes move: Bop's are all that its kernels are."""
+    arm = {"precision": "ternary", "optim.name": name, "optim.peak_lr": rate}
+    launch(tmp_path, {**arm, "train.tokens": (60 * 128,)})
+    lines = metrics(tmp_path, "train")
+    (row,) = endpoints(tmp_path)
+    assert lines[0]["loss"] > 4.5 and lines[-1]["loss"] < 3.2 and row["loss"] < 3.2
+    assert sum(line["latent_flips_since"] for line in lines) > 0.02
 
 
 @pytest.mark.slow
@@ -335,7 +474,7 @@ def test_diverged_trunk_takes_every_later_endpoint_with_it(launch, poison, tmp_p
     assert (second["tokens"], third["tokens"]) == (12800, 15360)
     last = metrics(tmp_path, "train")[-1]
     assert last["loss"] is None and last["step"] <= 20 + SKIPS_TO_DIVERGE + 7
-    assert result["status"] == "diverged"
+    assert result["status"] == "diverged" and not (tmp_path / "model").exists()
     assert result["skipped_steps"] == last["skipped_steps"] >= SKIPS_TO_DIVERGE
     json.dumps(result, allow_nan=False)
 
@@ -360,6 +499,14 @@ def test_decay_of_skipped_steps_is_not_an_endpoint(launch, poison, undisturbed, 
     assert is_diverged(result["endpoints"][0])
     assert endpoints(tmp_path)[1] == endpoints(undisturbed())[1]
     assert result["skipped_steps"] == 4
+
+
+def test_a_diverged_endpoint_leaves_no_model(launch, poison, tmp_path):
+    """Nothing was evaluated, so there is nothing to deploy."""
+    poison(range(SECOND_DECAY, END))
+    result = launch(tmp_path)
+    assert [row["status"] for row in result["endpoints"]] == ["ok", "diverged"]
+    assert not (tmp_path / "model").exists()
 
 
 @pytest.mark.parametrize("every", [1, 7, 50])
@@ -392,29 +539,190 @@ def test_metrics_lines(undisturbed):
     """Documented keys, places in order, and nothing that a clock says."""
     place = {"kind", "step", "tokens", "decay_to"}
     train = {"loss", "grad_norm", "learning_rate", "weight_decay", "skipped_steps"}
-    extra = {"fp32": set(), "ternary": {"zero_fraction"}, "fp16": {"loss_scale"}}
+    latent = {f"latent_{name}" for name in STATISTICS}
+    extra = {"fp32": set(), "ternary": latent, "fp16": {"loss_scale"}}
     for precision, more in extra.items():
         arm = {} if precision == "fp32" else {"precision": precision}
         lines = metrics(undisturbed(**arm))
+        known = {
+            "train": train | more,
+            "endpoint": {"valid_loss", "valid_loss_stderr"},
+            "layers": {"layers"},
+        }
         for line in lines:
-            known = {"train": train | more, "endpoint": {"valid_loss", "valid_loss_stderr"}}
             assert line.keys() == place | known[line["kind"]]
             assert line["tokens"] == line["step"] * 128
         places = [(line["kind"], line["step"], line["decay_to"]) for line in lines]
-        assert places == [
+        expected = [
             *(("train", step, None) for step in (7, 14, 16)),
             *(("train", 20, 2560), ("endpoint", 20, 2560)),
             *(("train", step, None) for step in (21, 28, 32)),
             *(("train", 35, 5120), ("train", 40, 5120), ("endpoint", 40, 5120)),
         ]
+        assert [p for p in places if p[0] != "layers"] == expected
+        layers = [p[1:] for p in places if p[0] == "layers"]
+        assert layers == [p[1:] for p in expected if p[0] == "train" and precision == "ternary"]
         rates = [line["learning_rate"] for line in lines if line["kind"] == "train"]
         assert rates == pytest.approx(
             [0.01, 0.01, 0.01, 0.0025, 0.01, 0.01, 0.01, 0.00625 + 0.00125, 0.00125]
         )
     ternary = metrics(undisturbed(precision="ternary"), "train")
-    assert all(0.2 < line["zero_fraction"] < 0.45 for line in ternary)
+    assert all(0.2 < line["latent_zero"] < 0.45 for line in ternary)
     fp16 = metrics(undisturbed(precision="fp16"), "train")
     assert all(line["loss_scale"] == 2**15 for line in fp16)
+
+
+STATISTICS = [
+    "negative", "zero", "positive", "entropy", "flips", "flips_since", "oscillations", "distance",
+    "near", "beyond",
+]  # fmt: skip
+SIZES = {
+    "attention/q": 256, "attention/k": 128, "attention/v": 128, "attention/out": 256,
+    "mlp/gate": 512, "mlp/up": 512, "mlp/down": 512,
+}  # fmt: skip
+
+
+def test_layers_lines(launch, undisturbed, tmp_path):
+    """Every statistic of every projection and block; the train line beside it has their means."""
+    arm = {"precision": "ternary"}
+    lines = [line for line in metrics(undisturbed(**arm)) if line["kind"] in ("layers", "train")]
+    for layers, train in zip(lines[::2], lines[1::2], strict=True):
+        assert (layers["kind"], train["kind"]) == ("layers", "train")
+        assert layers["layers"].keys() == SIZES.keys()
+        for name in STATISTICS:
+            rows = {key: layer[name] for key, layer in layers["layers"].items()}
+            assert all(len(row) == 1 for row in rows.values())
+            mean = sum(SIZES[key] * row[0] for key, row in rows.items()) / sum(SIZES.values())
+            assert train[f"latent_{name}"] == pytest.approx(mean, rel=1e-4, abs=1e-7)
+    launch(tmp_path, {**arm, "log.layers": False})
+    without = [line for line in metrics(undisturbed(**arm)) if line["kind"] != "layers"]
+    assert metrics(tmp_path) == without
+
+
+def trits(params):
+    """Codes of every projection, in numpy."""
+    kernels = {k: np.asarray(v["kernel"], np.float64) for k, v in linear_layers(params).items()}
+    return {k: np.where(abs(w) > abs(w).mean() / 2, np.sign(w), 0) for k, w in kernels.items()}
+
+
+@pytest.fixture(scope="module")
+def trajectories(tiny_config, tiny_corpus):
+    """Codes before the first step and after each, on the way to each endpoint of the short run."""
+    spec = resolve(tiny_config({**SHORT, "precision": "ternary"}), tiny_corpus)
+    paths = {}
+    for end in (10, 20):
+        paths[end] = []
+        by_hand(spec, tiny_corpus, end, lambda _, params, p=paths[end]: p.append(trits(params)))
+    return paths
+
+
+@pytest.mark.parametrize("every", [1, 2, 3, 5])
+def test_flips_are_those_of_the_last_steps(launch, trajectories, tmp_path, every):
+    """By codes after every single step, however seldom the loop looks: of the last step, of the
+    last two, and since the line before, which for a decay's first line is the trunk's last."""
+    launch(tmp_path, {**SHORT, "precision": "ternary", "log.every": every})
+    lines = metrics(tmp_path, "layers")
+    seen = 0
+    for end, path in trajectories.items():
+        trunk = [
+            line for line in lines if line["decay_to"] is None and line["step"] <= end - end // 5
+        ]
+        before = 0
+        for line in trunk + [line for line in lines if line["decay_to"] == end * 128]:
+            done = line["step"]
+            assert done > before
+            for name, layer in line["layers"].items():
+                now, last, logged = (path[step][name] for step in (done, done - 1, before))
+                earlier = path[max(0, done - 2)][name]
+                flips = np.mean(now != last)
+                back = np.mean((now != last) & (now == earlier))
+                expected = {
+                    "flips": flips, "flips_since": np.mean(now != logged), "oscillations": back,
+                    "negative": np.mean(now < 0), "zero": np.mean(now == 0),
+                    "positive": np.mean(now > 0),
+                }  # fmt: skip
+                for key, value in expected.items():
+                    assert layer[key] == [pytest.approx(value, rel=1e-4)], (done, name, key)
+                seen += (flips > 0) + (back > 0)
+            before = done
+    assert seen > 10
+
+
+def test_values_of_a_moment_do_not_depend_on_the_lines_between(launch, undisturbed, tmp_path):
+    launch(tmp_path, {**PHASED, "log.every": 1})
+    often = {(line["step"], line["decay_to"]): line for line in metrics(tmp_path, "train")}
+    seldom = metrics(undisturbed(**PHASED), "train")
+    assert len(often) == 22 and len(seldom) == 11
+    sums = {"loss", "latent_flips_since"}
+    for line in seldom:
+        same = often[line["step"], line["decay_to"]]
+        assert line.keys() == same.keys()
+        for key in line.keys() - sums:
+            assert line[key] == same[key], key
+
+
+def test_strength_and_regularizer_are_logged(undisturbed, tiny_config, tiny_corpus):
+    """Those of the last step: strength by hand, the regularizer from the weights before it."""
+    lines = metrics(undisturbed(**PHASED), "train")
+    places = [(line["step"], line["decay_to"]) for line in lines]
+    assert places == [
+        *((3, None), (6, None), (8, None), (9, 1280), (10, 1280)),
+        *((9, None), (12, None), (15, None), (16, None), (18, 2560), (20, 2560)),
+    ]
+    strengths = [line["strength"] for line in lines]
+    assert strengths == pytest.approx([min(1, (line["step"] - 1) / 5) for line in lines])
+    assert strengths[0] == 0.4
+    spec = resolve(tiny_config(PHASED), tiny_corpus)
+    before = {}
+
+    def remember(done, params):
+        kernels = [np.float64(layer["kernel"]) for layer in linear_layers(params).values()]
+        waves = [np.sin(np.pi * w / abs(w).mean()) ** 2 for w in kernels]
+        before[done] = np.mean(np.concatenate([wave.ravel() for wave in waves]))
+
+    by_hand(spec, tiny_corpus, 20, remember)
+    for line in lines:
+        if line["decay_to"] is None:
+            assert line["regularizer"] == pytest.approx(before[line["step"] - 1], rel=1e-5)
+    plain = metrics(undisturbed(precision="ternary"), "train")
+    assert not any("strength" in line or "regularizer" in line for line in plain)
+
+
+def test_gradient_cosine_of_each_endpoint(undisturbed, tiny_config, tiny_corpus):
+    """Of the deployed arm, at the endpoint's own weights, on the first held-out rows."""
+    spec = resolve(tiny_config(PHASED), tiny_corpus)
+    lines = metrics(undisturbed(**PHASED), "endpoint")
+    rows = validation_rows(tiny_corpus.valid, 16, 29 * 16)[:8]
+    for line, end in zip(lines, (10, 20), strict=True):
+        params = by_hand(spec, tiny_corpus, end).params
+        expected = estimator_cosine(spec.deployed, 3, params, rows, spec.seed_init)
+        assert line["gradient_cosine"] == pytest.approx(expected, rel=1e-6)
+        assert 0 < abs(line["gradient_cosine"]) <= 1
+    for arm in ({}, {"precision": "ternary"}):
+        assert "gradient_cosine" not in metrics(undisturbed(**arm), "endpoint")[0]
+
+
+def test_gradient_cosine_needs_quantized_weights(launch, tmp_path):
+    launch(tmp_path, {**SHORT, "log.gradient_sample": 3})
+    assert "gradient_cosine" not in metrics(tmp_path, "endpoint")[0]
+
+
+@pytest.mark.parametrize("overrides", [{}, PHASED, RANDOM], ids=["plain", "phased", "random"])
+def test_the_model_left_behind_is_the_last_endpoints(
+    undisturbed, tiny_config, tiny_corpus, overrides
+):
+    """Evaluated again, in the arm that it is deployed as, it has that endpoint's loss."""
+    spec = resolve(tiny_config(overrides), tiny_corpus)
+    like = compiled_init(spec.step)(0).params
+    params = load_model(undisturbed(**overrides), like)
+    first, last = endpoints(undisturbed(**overrides))
+    loss = held_out(spec.deployed, params, tiny_corpus)
+    assert loss == pytest.approx(last["loss"], rel=1e-12) and loss < first["loss"]
+
+
+def test_no_model_is_kept_where_none_is_wanted(launch, tmp_path):
+    launch(tmp_path, {"checkpoint.keep_model": False, "train.tokens": (1280,)})
+    assert (tmp_path / "summary.json").exists() and not (tmp_path / "model").exists()
 
 
 def test_logged_loss_is_the_mean_since_the_line_before(launch, undisturbed, tmp_path):
@@ -462,7 +770,7 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     assert 0 < result["endpoints"][0]["wall_s"] <= result["endpoints"][1]["wall_s"]
     assert result["endpoints"][1]["wall_s"] <= result["wall_s"] < 600
     assert sorted(p.name for p in tmp_path.iterdir()) == [
-        "checkpoints", "config.json", "metrics.jsonl", "summary.json",
+        "checkpoints", "config.json", "metrics.jsonl", "model", "summary.json",
     ]  # fmt: skip
 
 

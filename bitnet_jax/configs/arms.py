@@ -12,6 +12,7 @@ from bitnet_jax.model import TransformerConfig
 from bitnet_jax.optim import OptimizerConfig, Schedule
 from bitnet_jax.phases import WARMUPS, Phases
 from bitnet_jax.precision import Precision, get_precision, granularity
+from bitnet_jax.quantize import QUANTIZERS, absmedian
 from bitnet_jax.regularizers import REGULARIZERS
 
 CHANGES = ("weights", "activations", "estimator", "activation_estimator", "rotate")
@@ -78,10 +79,10 @@ def resolve_phases(
         _check_warmup(q, arm, phases, schedule, ends)
     if q.late_activations is None:
         return arm, phases
-    late = get_precision(arm.name.split("+")[0], activations=q.late_activations)
-    name = f"{arm.name}+late={q.late_activations}"
-    arm = dataclasses.replace(arm, name=name)
-    late = dataclasses.replace(arm, activations=late.activations)
+    plain = [name for name, row in QUANTIZERS.items() if not row.learned]
+    choose("quantization.late_activations", q.late_activations, plain)
+    arm = dataclasses.replace(arm, name=f"{arm.name}+late={q.late_activations}")
+    late = dataclasses.replace(arm, activations=q.late_activations)
     require(
         arm.activations != late.activations,
         "quantization.late_activations",
@@ -96,6 +97,12 @@ def resolve_phases(
             q.late_fraction,
             f"the switch must come within the decay, the last {schedule.decay_fraction} of a "
             "budget: the trunk is shared",
+        )
+        require(
+            phases.late_start(end) >= phases.warmup_steps,
+            "quantization.late_fraction",
+            q.late_fraction,
+            "the switch must come after the warm-up of quantization",
         )
     return arm, phases
 
@@ -136,6 +143,13 @@ def _check_bop(o: OptimizerConfig, arm: Precision) -> None:
         value,
         f"Bop flips trits or signs whose scale follows from them; the weights of {arm.name} are "
         f"{arm.weights}; take adamw, lion or muon",
+    )
+    require(
+        q.reach is not absmedian,
+        key,
+        value,
+        "a median is 0 once half of the codes are, and Bop's latents are the codes; take "
+        "ternary_absmean, ternary_twn or ternary_optimal",
     )
     require(
         arm.granularity.kind == "tensor",
