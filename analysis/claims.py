@@ -104,10 +104,8 @@ def _straight_through(results: Results) -> Finding:
 
 def _gradient_cosine(results: Results) -> Finding:
     """How near the estimators' gradients come to finite differences, mean over seeds."""
-    rows = results.latents
-    if "gradient_cosine" not in rows:
-        return Finding(Verdict.MISSING, note="gradient_cosine is not in ingredients/latents.csv")
-    with results.about("ingredients/latents"):
+    rows = results.gradients
+    with results.about("gradients/latents"):
         means = rows.groupby("tag_change")["gradient_cosine"].mean().dropna()
     names = {"": "identity", **{f"estimator {n}": n for n in ("clipped", "trust", "stochastic")}}
     values = {f"gradient cosine, {names[key]}": means[key] for key in names if key in means}

@@ -36,6 +36,7 @@ _SWEEP = "python -m experiments.run --sweep"
 _INGREDIENTS = f"{_SWEEP} --config=sweeps/ingredients.py"
 _COMMANDS = {
     "ingredients/endpoints": _INGREDIENTS,
+    "gradients/latents": "python -m experiments.collect results/gradients --latents",
     "ingredients/latents": "python -m experiments.collect results/ingredients --latents",
     "presets/endpoints": f"{_SWEEP} --config=sweeps/presets.py",
     "optimizers/endpoints": f"{_SWEEP} --config=sweeps/optimizers.py",
@@ -101,10 +102,17 @@ class Results:
 
     @cached_property
     def latents(self) -> pd.DataFrame:
+        return self._full("ingredients/latents", "latent_entropy")
+
+    @cached_property
+    def gradients(self) -> pd.DataFrame:
+        return self._full("gradients/latents", "gradient_cosine")
+
+    def _full(self, name: str, column: str) -> pd.DataFrame:
         """Rows of `full` only, tags as strings."""
-        frame = self.table("ingredients/latents")
-        with self.about("ingredients/latents"):
-            require(frame, "tag_base", "tag_kind", "tag_change", "latent_entropy")
+        frame = self.table(name)
+        with self.about(name):
+            require(frame, "tag_base", "tag_kind", "tag_change", column)
         return frame[frame["tag_base"] == "full"].assign(tag_change=_strings(frame["tag_change"]))
 
     @cached_property

@@ -145,7 +145,8 @@ def granularity(kind: str | None, size: int | None) -> Granularity | None:
     """
     if kind is None and size is None:
         return None
-    _one_of("quantization.granularity", kind or "tensor", GRANULARITIES)
+    kind = "tensor" if kind is None else kind
+    _one_of("quantization.granularity", kind, GRANULARITIES)
     needs_size = kind in ("group", "shard")
     if needs_size and (size is None or size < 1):
         raise ConfigError(
@@ -154,10 +155,9 @@ def granularity(kind: str | None, size: int | None) -> Granularity | None:
         )
     if size is not None and not needs_size:
         raise ConfigError(
-            f"quantization.granularity_size={size!r}: only group and shard have a size, not "
-            f"{kind or 'tensor'}"
+            f"quantization.granularity_size={size!r}: only group and shard have a size, not {kind}"
         )
-    return Granularity(kind or "tensor", size or 1)
+    return Granularity(kind, size or 1)
 
 
 def _one_of(key: str, value: str, known: Any) -> None:

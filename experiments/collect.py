@@ -13,7 +13,7 @@ A run that was planned but has no summary yet is not in the table; one that fail
 import argparse
 import json
 import sys
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,13 +28,14 @@ FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
 def collect(
     sweep_directory: Path,
     failures: Mapping[str, list[dict[str, Any]]] | None = None,
-    run_ids: Collection[str] | None = None,
+    tags: Mapping[str, Mapping[str, str]] | None = None,
 ) -> pd.DataFrame:
     """Read finished runs' rows, write the table atomically, and return it.
 
-    failures: rows of runs that failed in this launch, by run id. run_ids: the runs that belong to
-      the table, so that what an earlier config left in the same directory is not mixed in; default
-      all.
+    failures: rows of runs that failed in this launch, by run id. tags: of the runs that belong to
+      the table, by run id, so that what an earlier config left in the same directory is not mixed
+      in, and a run that another config has trained carries this one's tags; default all as they
+      are.
 
     Raises:
       FileNotFoundError: no run has finished or failed.
@@ -42,9 +43,12 @@ def collect(
     """
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
-        if run_ids is not None and path.parent.name not in run_ids:
-            continue
-        rows += [{"sweep": sweep_directory.name, **row} for row in _endpoints(path)]
+        endpoints = _endpoints(path)
+        if tags is not None:
+            if path.parent.name not in tags:
+                continue
+            endpoints = [_tagged(row, tags[path.parent.name]) for row in endpoints]
+        rows += [{"sweep": sweep_directory.name, **row} for row in endpoints]
     for failed in (failures or {}).values():
         rows += [{"sweep": sweep_directory.name, **row} for row in failed]
     if not rows:
@@ -59,6 +63,11 @@ def collect(
     table.to_parquet(temporary, index=False)
     temporary.replace(sweep_directory / "endpoints.parquet")
     return table
+
+
+def _tagged(row: Mapping[str, Any], tags: Mapping[str, str]) -> dict[str, Any]:
+    plain = {key: value for key, value in row.items() if not key.startswith("tag_")}
+    return {**plain, **{f"tag_{key}": value for key, value in tags.items()}}
 
 
 def _endpoints(path: Path) -> list[dict[str, Any]]:
@@ -78,7 +87,7 @@ def collect_latents(sweep_directory: Path) -> pd.DataFrame:
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
         endpoint = _endpoints(path)[-1]
-        statistics = _last_statistics(path.parent / "metrics.jsonl")
+        statistics = _last_statistics(path.parent / "metrics.jsonl", endpoint)
         if statistics:
             own = {k: v for k, v in endpoint.items() if k in WHO or k.startswith("tag_")}
             rows.append({**own, **statistics})
@@ -87,17 +96,24 @@ def collect_latents(sweep_directory: Path) -> pd.DataFrame:
     return pd.DataFrame(rows)
 
 
-def _last_statistics(path: Path) -> dict[str, float | None]:
-    found: dict[str, float | None] = {}
+def _last_statistics(path: Path, endpoint: dict[str, Any]) -> dict[str, float | None]:
+    """Of the last train line and the last endpoint, which is the summary's, save where the trunk
+    diverged before it."""
+    last: dict[str, dict[str, Any]] = {}
     try:
         for line in path.read_text().splitlines():
             record = json.loads(line)
-            if record["kind"] in ("train", "endpoint"):
-                shown = {k: v for k, v in record.items() if k.startswith(("latent_", "gradient_"))}
-                found.update(shown)
+            last[record["kind"]] = record
+        if endpoint["status"] == "ok" and last["endpoint"]["tokens"] != endpoint["tokens"]:
+            raise ValueError("another run's")
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a run's metrics; delete the run to train again") from error
-    return found
+    return {
+        key: value
+        for kind in ("train", "endpoint")
+        for key, value in last.get(kind, {}).items()
+        if key.startswith(("latent_", "gradient_"))
+    }
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -62,7 +62,8 @@ def main(argv: list[str] | None = None) -> int:
         try:
             table.to_csv(options.csv, index=False)
         except OSError as error:
-            print(f"error: {options.csv}: cannot write there ({error.strerror})", file=sys.stderr)
+            reason = error.strerror or error  # pandas has checks of its own
+            print(f"error: {options.csv}: cannot write there ({reason})", file=sys.stderr)
             return 2
     _show(table)
     return 0

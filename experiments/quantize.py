@@ -14,6 +14,7 @@ Exit status: 0, or 2 with one line for what cannot be done.
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     if options.json:
-        print(json.dumps(document, indent=1))
+        print(json.dumps(_without_nan(document), indent=1, allow_nan=False))
     else:
         _show(document)
     return 0
@@ -92,10 +93,26 @@ def _measure(options: argparse.Namespace) -> dict[str, Any]:
     return {"run_id": run.spec.run_id, "calibration_steps": options.steps, "results": rows}
 
 
+def _without_nan(value: Any) -> Any:
+    """JSON has no NaN, which the error of a single row is: null."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _arms(run: FinishedRun, options: argparse.Namespace) -> Iterator[Precision]:
     for kind in options.granularity.split(","):
         for name in options.weights.split(","):
-            yield _arm(run, name, kind, options.activations)
+            arm = _arm(run, name, kind, options.activations)
+            if arm.weight_quantizer.learned:
+                raise ConfigError(
+                    f"weights={name!r}: its scales are learned, which calibration does to "
+                    "ternary ones: --steps; without it, take one whose scale follows from the "
+                    "weights"
+                )
+            yield arm
 
 
 def _arm(run: FinishedRun, weights: str, kind: str, activations: str) -> Precision:
@@ -111,6 +128,7 @@ def _arm(run: FinishedRun, weights: str, kind: str, activations: str) -> Precisi
         weights=weights,
         activations=activations,
         granularity=granularity(kind, None),
+        rotate=own.rotate,  # what the kernels were trained on
     )
 
 

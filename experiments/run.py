@@ -101,7 +101,8 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
             screen.print("interrupted; all is saved. To go on, give the same command again:")
             screen.print(f"  {command}", soft_wrap=True, markup=False)
             return 128 + (stop.signal or signal.SIGINT)
-    table = collect(plan.directory, failures, {run.spec.run_id for run in plan.runs})
+    tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
+    table = collect(plan.directory, failures, tags)
     _show_endpoints(screen, plan.name, table)
     if is_sweep:
         _report(plan, screen, command)

@@ -38,7 +38,7 @@ def load_run(directory: Path) -> FinishedRun:
     try:
         document = json.loads(path.read_text())
         config = config_of(document["config"])
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"run={str(directory)!r}: not a run directory, no config.json") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a run's config: {error}") from error

@@ -129,7 +129,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.train.tokens = (400_000,)
     c.eval.tokens = 131_072
     c.log.layers = False
-    c.log.gradient_sample = 16
     c.checkpoint.keep_model = False
     c.tags.base = c.tags.kind = c.tags.change = c.tags.factor = ""
     c.sweep.seeds = (0, 1, 2)

@@ -19,7 +19,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.name = "optimizers"
     c.tags.optimizer = ""
     c.seed = 3  # not one of the ingredients' seeds
-    c.log.gradient_sample = 0
     c.sweep.adamw = (1.25e-3, 2.5e-3, 5e-3, 7.5e-3, 1e-2, 1.5e-2)
     c.sweep.lion = (3e-4, 6e-4, 1.2e-3, 2.4e-3)
     c.sweep.muon = (2.5e-3, 5e-3, 1e-2, 2e-2)

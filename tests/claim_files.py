@@ -103,7 +103,8 @@ def write_latents(root, entropy=1.5):
         "tag_kind": ["base", "base", "instead"], "tag_change": ["", "", "estimator clipped"],
         "latent_entropy": [entropy - 0.1, entropy + 0.1, 0.3], "gradient_cosine": [0.8, 0.9, 0.7],
     })  # fmt: skip
-    write(root, "ingredients/latents", frame)
+    write(root, "ingredients/latents", frame.drop(columns="gradient_cosine"))
+    write(root, "gradients/latents", frame.drop(columns="latent_entropy"))
 
 
 def write_presets(root, held_out=0.05, trained=0.05):

@@ -1,6 +1,7 @@
-"""Summaries into one table."""
+"""Summaries into one table, and the latents' last statistics into another."""
 
 import dataclasses
+import json
 import math
 
 import pandas as pd
@@ -10,7 +11,7 @@ from bitnet_jax import cost
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import write_json
-from experiments.collect import collect, main
+from experiments.collect import collect, collect_latents, main
 
 # fmt: off
 CONTRACT = [
@@ -165,7 +166,8 @@ def test_only_the_runs_of_the_plan(sweep, spec_of):
     old, new = spec_of(seed=1), spec_of(seed=2)
     sweep(old)
     sweep(new)
-    assert set(collect(sweep.folder, run_ids={new.run_id})["seed"]) == {2}
+    alone = collect(sweep.folder, tags={new.run_id: {"change": "other"}})
+    assert set(alone["seed"]) == {2} and set(alone["tag_change"]) == {"other"}
     assert set(collect(sweep.folder)["seed"]) == {1, 2}
 
 
@@ -194,3 +196,137 @@ def test_a_damaged_summary_is_named(tmp_path, damaged, capsys):
     message = capsys.readouterr().err
     assert str(path) in message and "delete it" in message and message.count("\n") == 1
     assert not (tmp_path / "endpoints.parquet").exists()
+
+
+# Latents
+
+STATISTICS = {"latent_flips": 0.25, "latent_zeros": 0.5, "latent_entropy": None}
+
+
+def train_line(step, **values):
+    return {"kind": "train", "step": step, "tokens": step * 128, "decay_to": None,
+            "loss": 3.0, "grad_norm": 1.0, **values}  # fmt: skip
+
+
+def endpoint_line(step, **values):
+    return {"kind": "endpoint", "step": step, "tokens": step * 128, "decay_to": step * 128,
+            "valid_loss": 3.0, **values}  # fmt: skip
+
+
+def ternary_lines():
+    """The log of a run with endpoints at steps 20 and 40: what is last is not what is first."""
+    early = {key: 0.75 for key in STATISTICS}
+    return [
+        train_line(7, **early),
+        {"kind": "layers", "step": 7, "layers": {"latent_flips": 9.0}},
+        train_line(20, **early),
+        endpoint_line(20, gradient_cosine=0.1),
+        train_line(40, **STATISTICS),
+        {"kind": "layers", "step": 40, "layers": {"latent_flips": 9.0}},
+        {"kind": "eval", "step": 40, "valid_loss": 3.0, "latent_flips": 9.0},
+        endpoint_line(40, gradient_cosine=0.9),
+    ]
+
+
+@pytest.fixture
+def logged(sweep):
+    """Writes a run's summary and its metrics; gives the metrics' path."""
+
+    def finish(spec, lines, **kwargs):
+        sweep(spec, **kwargs)
+        path = sweep.folder / "runs" / spec.run_id / "metrics.jsonl"
+        path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        return path
+
+    finish.folder = sweep.folder
+    return finish
+
+
+def test_last_statistics(logged, spec_of):
+    """Of the last train line and the last endpoint; who it is comes from the summary."""
+    spec = spec_of(precision="ternary", seed=3)
+    logged(spec, ternary_lines())
+    (row,) = collect_latents(logged.folder).to_dict("records")
+    assert row == {
+        "run_id": spec.run_id, "size": spec.size, "precision": "ternary", "seed": 3,
+        "tokens": 5120, "loss": 3.0, "status": "ok", **STATISTICS, "gradient_cosine": 0.9,
+    }  # fmt: skip
+
+
+def test_a_cosine_of_an_earlier_endpoint_is_not_the_last_ones(logged, spec_of):
+    lines = ternary_lines()
+    del lines[-1]["gradient_cosine"]
+    logged(spec_of(precision="ternary"), lines)
+    assert "gradient_cosine" not in collect_latents(logged.folder)
+
+
+def test_tags_stay_and_floats_are_left_out(logged, spec_of):
+    tagged = dataclasses.replace(spec_of(precision="ternary"), tags=(("change", "sub-norms"),))
+    logged(tagged, ternary_lines())
+    logged(spec_of(precision="binary", seed=1), ternary_lines())
+    for seed in (0, 1):
+        lines = [train_line(40), endpoint_line(40)]
+        logged(spec_of(precision="fp16", seed=seed), lines)
+    table = collect_latents(logged.folder)
+    assert sorted(table["precision"]) == ["binary", "ternary"]
+    by_arm = table.set_index("precision")["tag_change"]
+    assert by_arm["ternary"] == "sub-norms" and pd.isna(by_arm["binary"])
+    assert len(collect(logged.folder)) == 8, "they are endpoints all the same"
+
+
+def test_a_diverged_run_keeps_its_statistics(logged, spec_of):
+    """Its trunk may end before any endpoint is logged."""
+    logged(spec_of(precision="ternary"), [train_line(30, **STATISTICS)], status="diverged")
+    (row,) = collect_latents(logged.folder).to_dict("records")
+    assert row["status"] == "diverged" and row["latent_flips"] == 0.25
+
+
+def test_latents_command(logged, spec_of, capsys):
+    logged(spec_of(precision="ternary"), ternary_lines())
+    logged(spec_of(precision="fp16"), [train_line(40), endpoint_line(40)])
+    assert main([str(logged.folder)]) == 0
+    assert not (logged.folder / "latents.csv").exists(), "only when asked for"
+    capsys.readouterr()
+    assert main([str(logged.folder), "--latents"]) == 0
+    out = capsys.readouterr().out
+    assert "latents.csv: 1 runs" in out and "endpoints.parquet: 4 endpoints" in out
+    written = pd.read_csv(logged.folder / "latents.csv")
+    table = collect_latents(logged.folder)
+    assert list(written) == list(table)
+    empty = table.isna()
+    assert list(empty.columns[empty.iloc[0]]) == ["latent_entropy"]
+    assert (written.isna() == empty).all(axis=None)
+    assert (written == table)[~empty].fillna(True).all(axis=None)
+
+
+def test_no_latents_among_floats(logged, spec_of, capsys):
+    logged(spec_of(precision="fp16"), [train_line(40), endpoint_line(40)])
+    assert main([str(logged.folder), "--latents"]) == 2
+    error = capsys.readouterr().err
+    assert "no run with quantized weights" in error and error.count("\n") == 1
+    assert not (logged.folder / "latents.csv").exists()
+
+
+@pytest.mark.parametrize(
+    "damaged",
+    [
+        "", "{", "[]", "3", "{}", '{"kind": []}', "\x00",
+        json.dumps(train_line(40, **STATISTICS)),  # it does not reach the endpoint
+        json.dumps(endpoint_line(20)),  # another run's, or half of this one
+        json.dumps(endpoint_line(40)) + '\n{"kind": "tra',
+    ],
+)  # fmt: skip
+def test_damaged_metrics_are_named(logged, spec_of, damaged, capsys):
+    path = logged(spec_of(precision="ternary"), [])
+    path.write_text(damaged)
+    assert main([str(logged.folder), "--latents"]) == 2
+    message = capsys.readouterr().err
+    assert f"{path}: not a run's metrics" in message and message.count("\n") == 1
+    assert not (logged.folder / "latents.csv").exists()
+
+
+def test_missing_metrics_are_named(logged, spec_of, capsys):
+    path = logged(spec_of(precision="ternary"), [])
+    path.unlink()
+    assert main([str(logged.folder), "--latents"]) == 2
+    assert str(path) in capsys.readouterr().err

@@ -83,7 +83,7 @@ def test_damaged_files(root, name, content, capsys):
         ("ingredients/endpoints.csv", "loss"),
         ("ingredients/endpoints.csv", "weight_mse"),
         ("ingredients/latents.csv", "latent_entropy"),
-        ("ingredients/latents.csv", "gradient_cosine"),
+        ("gradients/latents.csv", "gradient_cosine"),
         ("presets/endpoints.csv", "train_loss"),
         ("presets/endpoints.csv", "peak_lr"),
         ("optimizers/endpoints.csv", "peak_lr"),

@@ -43,7 +43,7 @@ def bitnet_b1() -> Overrides:
         "model.gated": False,
         "model.activation": "gelu",
         "model.init": "subln",
-        "schedule.decay_fraction": 0.9,
+        "schedule.decay_fraction": 0.85,
         "optim.b2": 0.98,
         "optim.weight_decay": 0.01,
     }
