@@ -161,6 +161,7 @@ def _base(name: str, rows: pd.DataFrame) -> dict[str, Any]:
 
 def _paired(key: Sequence[str], rows: pd.DataFrame, base: pd.DataFrame) -> dict[str, Any]:
     """What a variant's own rows and its base's say: the difference, and its variance over seeds."""
+    _check_alike(key, rows, base)
     losses, base_losses = (finished(own).set_index("seed")["loss"] for own in (rows, base))
     differences = (losses - base_losses).dropna()  # aligned by seed; a seed of one alone is NaN
     enough = len(differences) >= 2
@@ -173,9 +174,31 @@ def _paired(key: Sequence[str], rows: pd.DataFrame, base: pd.DataFrame) -> dict[
         "pairs": len(differences),
         "diverged": int((rows["status"] == "diverged").sum()),
         "ended": int(rows["status"].isin(["ok", "diverged"]).sum()),
-        "weight_mse": float(rows["weight_mse"].iloc[0]),
-        "base_weight_mse": float(base["weight_mse"].iloc[0]),
+        "weight_mse": _error(rows),
+        "base_weight_mse": _error(base),
     }
+
+
+def _error(rows: pd.DataFrame) -> float:
+    """Of the rows' weight quantizer; 0 where weights are not quantized."""
+    try:
+        return float(rows["weight_mse"].iloc[0])
+    except (TypeError, ValueError) as error:
+        raise AnalysisError(f"column 'weight_mse': {error}") from error
+
+
+def _check_alike(key: Sequence[str], rows: pd.DataFrame, base: pd.DataFrame) -> None:
+    """A variant has its base's budget, and about its base's size."""
+    for column, ratio in (("tokens", 1.0), ("params_non_embedding", 1.1)):
+        if column not in rows:
+            continue
+        known = (finished(own).dropna(subset=[column]) for own in (rows, base))
+        both = np.concatenate([numbers(own, column) for own in known])
+        if len(both) and both.max() > ratio * both.min():
+            raise AnalysisError(
+                f"{column}: {key[2]!r} and its base {key[0]!r} differ, {both.min():g} to "
+                f"{both.max():g}; choose comparable rows with --where"
+            )
 
 
 def _add_intervals(found: pd.DataFrame) -> Prior:

@@ -159,6 +159,9 @@ def points(
 def paired_differences(frame: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
     """Loss of one arm minus another's where size, tokens and seed are the same, a row a pair.
 
+    So must be the column `variant`, what else differs from the default recipe, in tables that have
+    it.
+
     An arm with several endpoints there (a learning-rate sweep) is represented by its lowest loss.
     Columns: size, tokens, seed, loss_baseline, loss_treatment, difference (nats a token), stderr
     (of the difference, as if the two evaluations were independent; both read the same tokens, so
@@ -166,6 +169,9 @@ def paired_differences(frame: pd.DataFrame, baseline: str, treatment: str) -> pd
     """
     require(frame, "size", "tokens", "seed", "precision", "loss", "loss_stderr")
     keys = ["size", "tokens", "seed"]
+    if "variant" in frame:
+        keys.append("variant")
+        frame = frame.assign(variant=frame["variant"].fillna(""))
     kept = finished(frame)[[*keys, "precision", "loss", "loss_stderr"]]
     best = kept.sort_values("loss").drop_duplicates([*keys, "precision"]).sort_values(keys)
     left, right = (

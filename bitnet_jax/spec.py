@@ -58,6 +58,25 @@ class RunSpec:
         return self.phases.deployed(self.step)
 
     @property
+    def variant(self) -> str:
+        """What differs from the default recipe beside the arm and its rates: `norms=pre,..`."""
+        shape = {"vocab_size", "layers", "width", "ff_width", "heads", "kv_heads", "remat"}
+        defaults: list[tuple[Any, set[str]]] = [
+            (self.step.model, shape),
+            (self.step.optimizer, set()),
+            (self.step, {"model", "precision", "optimizer", "microbatches", "warming"}),
+            (self.phases, {"warmup_steps", "steepness", "late", "late_fraction"}),
+        ]
+        changed = [
+            f"{field.name}={getattr(part, field.name)}"
+            for part, left_out in defaults
+            for field in dataclasses.fields(part)
+            if field.name not in left_out and getattr(part, field.name) != field.default
+        ]
+        schedule = [] if self.schedule.name == "wsd" else [f"schedule={self.schedule.name}"]
+        return ",".join(changed + schedule)
+
+    @property
     def segments(self) -> tuple[Segment, ...]:
         return plan_segments(self.schedule, self.ends)
 

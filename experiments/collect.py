@@ -22,6 +22,7 @@ import pandas as pd
 from bitnet_jax.errors import ConfigError
 
 WHO = ("run_id", "size", "precision", "seed", "tokens", "loss", "status")
+NEEDED = {"run_id", "seed", "precision", "params_non_embedding", "tokens", "loss", "status"}
 FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
 
 
@@ -72,8 +73,12 @@ def _tagged(row: Mapping[str, Any], tags: Mapping[str, str]) -> dict[str, Any]:
 
 def _endpoints(path: Path) -> list[dict[str, Any]]:
     try:
-        return json.loads(path.read_text())["endpoints"]
-    except (ValueError, KeyError, TypeError) as error:
+        endpoints = json.loads(path.read_text())["endpoints"]
+        for row in endpoints:
+            if not row.keys() >= NEEDED:
+                raise ValueError("rows of another kind")
+        return list(endpoints)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: not a summary; delete it to train the run again") from error
 
 

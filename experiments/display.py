@@ -40,7 +40,7 @@ def duration(seconds: float) -> str:
 def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str) -> None:
     """The dry run's table: what each run is and costs."""
     table = Table(title=f"{plan.name}: {len(plan.runs)} runs", title_justify="left")
-    for column in ("size", "arm"):
+    for column in ("size", "arm", "variant"):
         table.add_column(column)
     for column in ("seed", "peak LR", "params", "non-emb.", "tokens", "FLOPs", "memory", "time"):
         table.add_column(column, justify="right")
@@ -51,6 +51,7 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
         table.add_row(
             spec.size,
             spec.step.precision.name,
+            spec.variant or "-",
             str(spec.seed_init),
             f"{spec.peak_lr:.2g}",
             count(parameters.total),

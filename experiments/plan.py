@@ -132,6 +132,7 @@ def load_points(path: str, config: ConfigDict) -> list[dict[str, Any]]:
     Raises:
       ConfigError: the file declares no sweep, or it fails.
     """
+    path = path.partition(":")[0]
     module = _load(path)
     if not hasattr(module, "sweep"):
         raise ConfigError(f"--config={path}: it declares no sweep(config); leave --sweep out")

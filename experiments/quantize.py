@@ -104,6 +104,8 @@ def _without_nan(value: Any) -> Any:
 
 def _arms(run: FinishedRun, options: argparse.Namespace) -> Iterator[Precision]:
     for kind in options.granularity.split(","):
+        if kind not in ("tensor", "channel"):
+            raise ConfigError(f"granularity={kind!r} is unknown; choose from tensor, channel")
         for name in options.weights.split(","):
             arm = _arm(run, name, kind, options.activations)
             if arm.weight_quantizer.learned:

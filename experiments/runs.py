@@ -54,6 +54,10 @@ def load_run(directory: Path) -> FinishedRun:
         params = load_model(directory, state.params)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from error
+    except Exception as error:  # orbax and its readers raise many kinds
+        raise ConfigError(
+            f"{directory / 'model'}: damaged; delete the run's summary.json and train it again"
+        ) from error
     return FinishedRun(directory, spec, corpus, params)
 
 

@@ -19,6 +19,7 @@ from ml_collections import ConfigDict
 
 from bitnet_jax import ladder
 from bitnet_jax.configs import default
+from bitnet_jax.errors import ConfigError
 from bitnet_jax.quantize import QUANTIZERS
 from sweeps.grid import Point, axis, chain, parse_arg, product
 
@@ -149,7 +150,11 @@ def sweep(config: ConfigDict) -> list[Point]:
     """Each base, then its variants; the seeds of one follow each other and share a program."""
     full = _variants(config, "full", {}, [("without", WITHOUT), ("instead", INSTEAD)])
     minimal = _variants(config, "minimal", MINIMAL, [("with", WITH)])
-    chosen = [{"full": full, "minimal": minimal}[name] for name in config.sweep.bases]
+    known = {"full": full, "minimal": minimal}
+    for name in config.sweep.bases:
+        if name not in known:
+            raise ConfigError(f"sweep.bases={name!r} is unknown; choose from {', '.join(known)}")
+    chosen = [known[name] for name in config.sweep.bases]
     return product(chain(*chosen), axis("seed", config.sweep.seeds))
 
 

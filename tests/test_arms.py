@@ -54,7 +54,7 @@ BAD = [
     # Values
     *((q(**{key: v}), f"quantization.{key}={v}", ["(0, 1)"])
       for key in ("warmup_fraction", "late_fraction") for v in (0.0, 1.0, -0.5, 2.0, NAN)),
-    *((q(steepness=v), f"quantization.steepness={v}", ["positive"]) for v in (0.0, -1.0, NAN)),
+    *((q(steepness=v), f"quantization.steepness={v}", ["0.1"]) for v in (0.0, -1.0, NAN, 2e3)),
     *((q(activations=name), f"quantization.activations={name!r}", ["weight's", "int8_absmax"])
       for name in LEARNED),
     # Estimators without a quantizer

@@ -439,3 +439,22 @@ def test_labels_are_spread_in_order_and_within_the_panel():
     places = ingredients.spread(np.array([0.1, 0.11, 0.12, 0.97, 0.98, 0.99]), 0.05)
     assert np.all(np.diff(places) >= 0.05 - 1e-12)
     assert places[0] == 0.1 and places[-1] <= 1
+
+
+@pytest.mark.parametrize("column, value", [("tokens", 800_000), ("params_non_embedding", 330_000)])
+def test_unlike_runs_are_refused(column, value):
+    frame = pd.DataFrame(
+        [
+            {
+                "tag_base": "full", "tag_kind": kind, "tag_change": change, "tag_factor": "",
+                "seed": seed, "loss": 2.0 + 0.01 * seed, "status": "ok", "weight_mse": 0.26,
+                "tokens": 400_000, "params_non_embedding": 95_000,
+            }
+            for kind, change in (("base", ""), ("instead", "other"))
+            for seed in range(3)
+        ]
+    )  # fmt: skip
+    compare(frame)
+    frame.loc[frame["tag_kind"] == "instead", column] = value
+    with pytest.raises(AnalysisError, match=column):
+        compare(frame)

@@ -124,7 +124,7 @@ def test_b1(resolved):
     """Linear decay right after the warm-up, SubLN's initialisation, the paper's optimizer."""
     spec = resolved["bitnet_b1"]
     rates, decays = zip(*factors(spec), strict=True)
-    assert rates == pytest.approx([1 / 2, 1, *(1 - i / 18 for i in range(18))])
+    assert rates == pytest.approx([1 / 2, 1, 1, *(1 - i / 17 for i in range(17))])
     assert set(decays) == {1} and spec.weight_decay == 0.01
     assert spec.step.model.init == "subln" and spec.optimizer.b2 == 0.98
 

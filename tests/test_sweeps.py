@@ -13,7 +13,7 @@ from sweeps.grid import axis, chain, parse_arg, product, zipit
 FOLDER = Path(isoflop.__file__).parent
 FILES = sorted(set(FOLDER.glob("*.py")) - {FOLDER / "__init__.py", FOLDER / "grid.py"})
 # These compare variants of one arm; all others compare the two arms.
-OF_VARIANTS = ("ingredients", "optimizers", "presets")
+OF_VARIANTS = ("ingredients", "optimizers", "presets", "gradients")
 
 
 def test_axis():

@@ -70,7 +70,12 @@ def resolve_phases(
     share = "it must lie in (0, 1)"
     require(0 < q.warmup_fraction < 1, "quantization.warmup_fraction", q.warmup_fraction, share)
     require(0 < q.late_fraction < 1, "quantization.late_fraction", q.late_fraction, share)
-    require(q.steepness > 0, "quantization.steepness", q.steepness, "it must be positive")
+    require(
+        0.1 <= q.steepness <= 1000,
+        "quantization.steepness",
+        q.steepness,
+        "it must lie in [0.1, 1000]; published ones are 4 to 100",
+    )
     phases = Phases(steepness=q.steepness, late_fraction=q.late_fraction)
     if q.warmup != "none":
         phases = dataclasses.replace(

@@ -94,7 +94,12 @@ def loop_options(config: ConfigDict) -> LoopOptions:
     seconds = config.checkpoint.seconds
     require(seconds >= 0, "checkpoint.seconds", seconds, "it must not be negative")
     sample = config.log.gradient_sample
-    require(sample >= 0, "log.gradient_sample", sample, "it must not be negative")
+    require(
+        sample == 0 or 2 <= sample <= 4096,
+        "log.gradient_sample",
+        sample,
+        "0 for none, or 2 to 4096: each weight costs two forward passes",
+    )
     modes = (None, "online", "offline", "disabled")
     wandb = config.tracking.wandb
     require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
@@ -235,7 +240,13 @@ def _optimizer(config: ConfigDict) -> OptimizerConfig:
         require(0 <= o[key] < 1, f"optim.{key}", o[key], "it must lie in [0, 1)")
     for key in ("epsilon", "clip_norm", "bop_ratio", "bop_threshold"):
         require(o[key] > 0, f"optim.{key}", o[key], "it must be positive")
-    require(o.latent_clip >= 0, "optim.latent_clip", o.latent_clip, "it must not be negative")
+    require(
+        o.latent_clip == 0 or 0.01 <= o.latent_clip <= 1000,
+        "optim.latent_clip",
+        o.latent_clip,
+        "0 for none, or 0.01 to 1000 standard deviations",
+    )
+    require(o.bop_ratio <= 10, "optim.bop_ratio", o.bop_ratio, "it must be at most 10")
     return OptimizerConfig(
         **{key: o[key] for key in OptimizerConfig.__dataclass_fields__},
     )
