@@ -97,6 +97,7 @@ def full(*keys, effect):
         ({("minimal", "with", f"{x} init"): 0.0 for x in ("residual", "SubLN", "quantizer")},
          {3: FAILS}),
         ({("full", "instead", "dampening"): -0.01}, {4: HOLDS}),
+        ({("full", "instead", "dampening, weak"): -0.01}, {4: HOLDS}),
         ({("minimal", "with", "sin^2 toward levels"): -0.05}, {4: HOLDS}),
         ({("full", "instead", "Muon"): -0.05}, {5: HOLDS}),
         ({("full", "without", "squared ReLU"): 0.01}, {6: FAILS}),
