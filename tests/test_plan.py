@@ -1,6 +1,7 @@
 """From config and sweep to runs, all checked and nothing written."""
 
 import json
+from pathlib import Path
 
 import pytest
 
@@ -128,3 +129,11 @@ def test_a_config_file_that_fails_is_named_in_one_line(tmp_path, text, expected)
     with pytest.raises(ConfigError, match=expected) as error:
         load_config(str(file))
     assert str(file) in str(error.value) and "\n" not in str(error.value)
+
+
+def test_points_of_a_config_file_with_an_argument():
+    """As in `--sweep --config=sweeps/isoflop.py:size=800k`: the argument is get_config's alone."""
+    path = str(Path(__file__).parents[1] / "sweeps" / "isoflop.py") + ":size=800k"
+    config = load_config(path)
+    assert {point["model.size"] for point in load_points(path, config)} == set(config.sweep.sizes)
+    assert "800k" in config.sweep.sizes

@@ -272,7 +272,7 @@ def refused(capsys, *arguments):
         ("--weights=ternary_lsq", "weights='ternary_lsq'", "--steps"),
         ("--weights=ternary_stretched", "weights='ternary_stretched'", "learned"),
         ("--granularity=tensor,row", "'row'", "channel"),
-        ("--granularity=group", "group", "size"),
+        ("--granularity=group", "group", "tensor, channel"),
         ("--activations=int9", "activations='int9'", "int8_absmax"),
         ("--activations=ternary_lsq", "activations='ternary_lsq'", "learned"),
         ("--steps=-1", "steps=-1", "negative"),
