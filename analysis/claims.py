@@ -10,7 +10,6 @@ in nats a token.
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import sys
@@ -18,11 +17,12 @@ import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 from scipy import stats
 
+from analysis.command import Parser, status
 from analysis.ingredients import BASE, COVERAGE, SIGNIFICANT, weight_variants
 from analysis.learning_rate import optima
 from analysis.result_files import Missing, Results, against
@@ -640,24 +640,18 @@ def _finite(value: float) -> float | None:
     return float(value) if math.isfinite(value) else None
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AnalysisError(message)
+def _run(argv: Sequence[str] | None) -> None:
+    parser = Parser(prog="python -m analysis.claims", description="Claims on BitNet, measured.")
+    parser.add_argument("root", metavar="RESULTS", type=Path, help="a directory of results")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(argv)
+    found = findings(Results(options.root))
+    print(json.dumps(to_json(found), indent=1) if options.json else readable(found))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, or 2 for what the user can mend."""
-    parser = _Parser(prog="python -m analysis.claims", description="Claims on BitNet, measured.")
-    parser.add_argument("root", metavar="RESULTS", type=Path, help="a directory of results")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    try:
-        options = parser.parse_args(argv)
-        found = findings(Results(options.root))
-    except (AnalysisError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    print(json.dumps(to_json(found), indent=1) if options.json else readable(found))
-    return 0
+    return status(lambda: _run(argv))
 
 
 if __name__ == "__main__":

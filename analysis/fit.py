@@ -13,10 +13,11 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
+from analysis.command import Parser, status
 from analysis.identify import doubts, refuse_unidentified, unidentified
 from analysis.laws import LAWS, Law, get_law
 from analysis.solver import OBJECTIVES, Problem, refit, solve
@@ -178,13 +179,8 @@ def _bootstrap(
     return refit(problem, theta, np.stack(kept))
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AnalysisError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m analysis.fit", description="Fit a scaling law to a table.")
+    parser = Parser(prog="python -m analysis.fit", description="Fit a scaling law to a table.")
     parser.add_argument("file", metavar="FILE", help="a .csv or .parquet table, a row an endpoint")
     parser.add_argument("--law", default="chinchilla", help=f"one of {', '.join(LAWS)}")
     parser.add_argument("--n", metavar="COLUMN", help="parameters")
@@ -281,12 +277,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, or 2 for what the user can mend."""
-    try:
-        _run(_parser().parse_args(argv))
-    except (AnalysisError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

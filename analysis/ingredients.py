@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
 import numpy as np
@@ -28,6 +28,7 @@ from matplotlib.ticker import MaxNLocator
 from scipy import stats
 from scipy.special import digamma, polygamma
 
+from analysis.command import Parser, status
 from analysis.plots import STYLE, save
 from analysis.tables import AnalysisError, finished, numbers, read_table, require, select
 
@@ -560,13 +561,8 @@ def _records(frame: pd.DataFrame) -> list[dict[str, Any]]:
     ]
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise AnalysisError(message)
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="python -m analysis.ingredients", description="Worth of ingredients.")
+    parser = Parser(prog="python -m analysis.ingredients", description="Worth of ingredients.")
     parser.add_argument("file", metavar="TABLE", help="a results table, Parquet or CSV")
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -590,12 +586,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; exit status 0, or 2 for what the user can mend."""
-    try:
-        _run(_parser().parse_args(argv))
-    except (AnalysisError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    return status(lambda: _run(_parser().parse_args(argv)))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ class Parameters:
 
 def count_parameters(c: TransformerConfig) -> Parameters:
     """Parameters of a transformer, by group."""
-    inputs = sum(n for n, _ in linear_shapes(c))
+    inputs = sum(n for n, _ in linear_shapes(c).values())
     norms = {
         "pre": 2 * c.width,
         "sub": 2 * c.width + c.width + c.ff_width,
@@ -37,16 +37,24 @@ def count_parameters(c: TransformerConfig) -> Parameters:
     }
     return Parameters(
         embedding=c.vocab_size * c.width * (1 if c.tied_embeddings else 2),
-        quantized=c.layers * sum(n * p for n, p in linear_shapes(c)),
+        quantized=c.layers * sum(n * p for n, p in linear_shapes(c).values()),
         norms=c.layers * norms[c.norms] + c.width,
     )
 
 
-def linear_shapes(c: TransformerConfig) -> list[tuple[int, int]]:
-    """(inputs, outputs) of every linear layer of a block: q, k, v, out, gate, up, down."""
+def linear_shapes(c: TransformerConfig) -> dict[str, tuple[int, int]]:
+    """(inputs, outputs) of every linear layer of a block, by the projection's name."""
     heads, kv_heads = c.heads * c.head_size, c.kv_heads * c.head_size
-    attention = [(c.width, heads), (c.width, kv_heads), (c.width, kv_heads), (heads, c.width)]
-    return attention + [(c.width, c.ff_width)] * (2 if c.gated else 1) + [(c.ff_width, c.width)]
+    gate = {"gate": (c.width, c.ff_width)} if c.gated else {}
+    return {
+        "q": (c.width, heads),
+        "k": (c.width, kv_heads),
+        "v": (c.width, kv_heads),
+        "out": (heads, c.width),
+        **gate,
+        "up": (c.width, c.ff_width),
+        "down": (c.ff_width, c.width),
+    }
 
 
 def forward_flops_per_token(c: TransformerConfig, sequence_length: int) -> int:
@@ -88,7 +96,7 @@ def _scales(c: TransformerConfig, precision: Precision) -> list[int]:
     kind, size = precision.granularity.kind, precision.granularity.size
     return [
         {"tensor": 1, "channel": p, "group": n // size * p, "shard": size}[kind]
-        for n, p in linear_shapes(c)
+        for n, p in linear_shapes(c).values()
     ]
 
 
@@ -107,7 +115,7 @@ def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length
     the activations are codes (of up to 8 bits), else floats. Attention and head are dense in every
     arm; attention is counted at the sequence's mean causal length.
     """
-    linear = sum(_linear_energy(n, p, precision) for n, p in linear_shapes(c))
+    linear = sum(_linear_energy(n, p, precision) for n, p in linear_shapes(c).values())
     floats = ENERGY_7NM_PJ["fp32" if precision.float_bits == 32 else "fp16"]
     keys = (sequence_length + 1) / 2
     scores = _dense_energy(c.head_size, keys, floats)

@@ -14,10 +14,8 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.latents import latents
-from bitnet_jax.loss import cross_entropy
-from bitnet_jax.matmul import DEPLOYED
-from bitnet_jax.model import apply_model, linear_layers, with_linear_layers
-from bitnet_jax.train_step import StepConfig
+from bitnet_jax.model import linear_layers, with_linear_layers
+from bitnet_jax.train_step import StepConfig, eval_step
 
 
 def estimator_cosine(
@@ -105,5 +103,4 @@ def _loss(
 ) -> Float[Array, ""]:
     """Mean nats a token with other kernels."""
     moved = with_linear_layers(params, {name: {"kernel": k} for name, k in kernels.items()})
-    logits = apply_model(config.model, config.precision, moved, tokens[:, :-1], DEPLOYED)
-    return cross_entropy(logits, tokens[:, 1:])[0].mean()
+    return eval_step(config, moved, tokens).mean()

@@ -14,14 +14,15 @@ from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import normal_gain
 
 Initializer = Callable
-RESIDUAL = ("out", "down")
+RESIDUAL_PROJECTIONS = ("out", "down")  # those that add to the residual stream
 
 
 def fan_in(projection: str, layers: int, precision: Precision) -> Initializer:
     """Variance 1/fan_in, which keeps a unit-RMS input at unit variance; 1/(2L) of it on the two
     projections that add to the residual stream, so that it does not grow with depth (GPT-2)."""
     del precision
-    return variance_scaling(1 / (2 * layers) if projection in RESIDUAL else 1, "fan_in", "normal")
+    residual = projection in RESIDUAL_PROJECTIONS
+    return variance_scaling(1 / (2 * layers) if residual else 1, "fan_in", "normal")
 
 
 def flax_default(projection: str, layers: int, precision: Precision) -> Initializer:
@@ -33,7 +34,7 @@ def flax_default(projection: str, layers: int, precision: Precision) -> Initiali
 def nanotron(projection: str, layers: int, precision: Precision) -> Initializer:
     """.025 whatever the width, and .025/sqrt(2L) on the residual projections (nanotron's LLaMA)."""
     del precision
-    return normal(0.025 / math.sqrt(2 * layers) if projection in RESIDUAL else 0.025)
+    return normal(0.025 / math.sqrt(2 * layers) if projection in RESIDUAL_PROJECTIONS else 0.025)
 
 
 def subln(projection: str, layers: int, precision: Precision) -> Initializer:

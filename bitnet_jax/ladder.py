@@ -7,7 +7,7 @@ are the sizes that train within minutes on a laptop. Feed-forward width is 2.5 t
 
 from typing import NamedTuple
 
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import choose
 
 
 class Shape(NamedTuple):
@@ -48,6 +48,5 @@ def get_shape(size: str) -> Shape:
     Raises:
       ConfigError: no such size.
     """
-    if size not in LADDER:
-        raise ConfigError(f"model.size={size!r} is unknown; choose from {', '.join(LADDER)}")
+    choose("model.size", size, LADDER)
     return LADDER[size]

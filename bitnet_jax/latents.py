@@ -6,7 +6,8 @@ import jax
 from jaxtyping import Array, Float, Int8
 
 from bitnet_jax.granularity import quantize_kernel
-from bitnet_jax.model import RESIDUAL_PROJECTIONS, linear_layers
+from bitnet_jax.initializers import RESIDUAL_PROJECTIONS
+from bitnet_jax.model import linear_layers
 from bitnet_jax.precision import Precision
 
 

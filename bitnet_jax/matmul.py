@@ -77,6 +77,7 @@ def reference_dot(
     return jnp.matmul(x_hat, w_hat, precision=lax.Precision.HIGHEST)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(2,))
 def plain_dot(
     x: Float[Array, "*B D"], w: Float[Array, "F D"], precision: Precision
 ) -> Float[Array, "*B F"]:
@@ -85,7 +86,7 @@ def plain_dot(
     The product of the head, whose w is an embedding's layout. Its gradient is computed in that
     layout, since XLA's CPU backend cannot run a bfloat16 product whose result it must transpose.
     """
-    return _plain_dot(x, w, precision)
+    return _plain_forward(x, w, precision)[0]
 
 
 # ---- Operands ----------------------------------------------------------------------------------
@@ -239,11 +240,6 @@ def _step_gradient(precision, row_parallel, r, dw):
 quantized_dot.defvjp(_forward, _backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _plain_dot(x, w, precision):
-    return _plain_forward(x, w, precision)[0]
-
-
 def _plain_forward(x, w, precision):
     dtype, last = precision.compute_dtype, x.ndim - 1
     y = code_dot(x.astype(dtype), w.astype(dtype), precision, ((last,), (1,)))
@@ -259,4 +255,4 @@ def _plain_backward(precision, residuals, g):
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 
-_plain_dot.defvjp(_plain_forward, _plain_backward)
+plain_dot.defvjp(_plain_forward, _plain_backward)

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.attention import causal_attention
-from bitnet_jax.initializers import INITIALIZERS
+from bitnet_jax.initializers import INITIALIZERS, RESIDUAL_PROJECTIONS
 from bitnet_jax.layers import BitLinear, RMSNorm, rotary_angles, rotate
 from bitnet_jax.matmul import DEPLOYED, Context, plain_dot
 from bitnet_jax.precision import Precision
@@ -112,9 +112,6 @@ class Mlp(nn.Module):
         if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
         return linear(c, self.precision, "down", c.width)(y, strength)
-
-
-RESIDUAL_PROJECTIONS = ("out", "down")  # those that add to the residual stream
 
 
 def linear(c: TransformerConfig, precision: Precision, name: str, features: int) -> BitLinear:

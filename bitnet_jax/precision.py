@@ -12,10 +12,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import ConfigError, choose
 from bitnet_jax.estimators import ESTIMATORS
 from bitnet_jax.granularity import GRANULARITIES, Granularity
-from bitnet_jax.quantize import QUANTIZERS, Quantizer
+from bitnet_jax.quantize import QUANTIZERS, TOKEN_QUANTIZERS, Quantizer
 
 CARRIERS = ("bfloat16", "int8")
 
@@ -97,9 +97,8 @@ def get_precision(name: str, carrier: str = "bfloat16", **changes: Any) -> Preci
       ConfigError: no such arm, quantizer, estimator, granularity or carrier; or a change that an
         arm without quantized weights cannot have.
     """
-    if name not in PRECISIONS:
-        raise ConfigError(f"precision={name!r} is unknown; choose from {', '.join(PRECISIONS)}")
-    _one_of("matmul.carrier", carrier, CARRIERS)
+    choose("precision", name, PRECISIONS)
+    choose("matmul.carrier", carrier, CARRIERS)
     base = PRECISIONS[name]
     changes = {k: v for k, v in changes.items() if v is not None and v != getattr(base, k)}
     known = {
@@ -109,7 +108,7 @@ def get_precision(name: str, carrier: str = "bfloat16", **changes: Any) -> Preci
         "activation_estimator": ESTIMATORS,
     }
     for key in known.keys() & changes.keys():
-        _one_of(f"quantization.{key}", changes[key], known[key])
+        choose(f"quantization.{key}", changes[key], known[key])
     said = [f"{key}={_say(value)}" for key, value in changes.items()]
     arm = dataclasses.replace(base, name="+".join([name, *said]), carrier=carrier, **changes)
     _check(arm)
@@ -119,10 +118,9 @@ def get_precision(name: str, carrier: str = "bfloat16", **changes: Any) -> Preci
 def _check(arm: Precision) -> None:
     """Refuse what an arm cannot be."""
     if arm.activation_quantizer.learned:
-        plain = [key for key, q in QUANTIZERS.items() if not q.learned]
         raise ConfigError(
             f"quantization.activations={arm.activations!r}: a learned scale is a weight's, "
-            f"not a token's; choose from {', '.join(plain)}"
+            f"not a token's; choose from {', '.join(TOKEN_QUANTIZERS)}"
         )
     for field, quantizer in (("estimator", "weights"), ("activation_estimator", "activations")):
         if getattr(arm, field) != "identity" and getattr(arm, quantizer) == "none":
@@ -146,7 +144,7 @@ def granularity(kind: str | None, size: int | None) -> Granularity | None:
     if kind is None and size is None:
         return None
     kind = "tensor" if kind is None else kind
-    _one_of("quantization.granularity", kind, GRANULARITIES)
+    choose("quantization.granularity", kind, GRANULARITIES)
     needs_size = kind in ("group", "shard")
     if needs_size and (size is None or size < 1):
         raise ConfigError(
@@ -158,11 +156,6 @@ def granularity(kind: str | None, size: int | None) -> Granularity | None:
             f"quantization.granularity_size={size!r}: only group and shard have a size, not {kind}"
         )
     return Granularity(kind, size or 1)
-
-
-def _one_of(key: str, value: str, known: Any) -> None:
-    if value not in known:
-        raise ConfigError(f"{key}={value!r} is unknown; choose from {', '.join(known)}")
 
 
 def _say(value: Any) -> str:

@@ -97,9 +97,8 @@ def quantize(
     if step is None:
         reach = jnp.maximum(quantizer.reach(x, axes), quantizer.floor)
     else:
-        reach = jnp.maximum(step, SCALE_FLOOR) * quantizer.high
-    # Medians do not see an infinity, nor learned scales anything.
-    finite = jnp.isfinite(reach) & jnp.isfinite(absmax(x, axes))
+        reach = _poison(jnp.maximum(step, SCALE_FLOOR) * quantizer.high, x, axes)
+    finite = jnp.isfinite(reach)
     if quantizer.centred:
         x = x - _mean(x, axes)
     codes = _codes(quantizer, x, axes, reach + quantizer.epsilon, noise)
@@ -131,7 +130,12 @@ def _codes(q: Quantizer, x: Array, axes: Axes, reach: Array, noise: Array | None
     return jnp.clip(jnp.round(ratio), q.low, q.high)
 
 
-# ---- Rules: how far a grid reaches -------------------------------------------------------------
+# ---- Rules: how far a grid reaches. Not finite where an entry is not. --------------------------
+
+
+def _poison(reach: Array, x: Array, axes: Axes) -> Array:
+    """For a reach that would not see a NaN or an infinity."""
+    return jnp.where(jnp.isfinite(absmax(x, axes)), reach, jnp.nan)
 
 
 def _mean(x: Array, axes: Axes) -> Array:
@@ -152,7 +156,7 @@ def absmean_plus(x: Array, axes: Axes) -> Array:
 
 def absmedian(x: Array, axes: Axes) -> Array:
     """median|w|, which outliers do not move."""
-    return jnp.median(jnp.abs(x), axis=axes, keepdims=True)
+    return _poison(jnp.median(jnp.abs(x), axis=axes, keepdims=True), x, axes)
 
 
 def twn_threshold(x: Array, axes: Axes) -> Array:
@@ -164,7 +168,8 @@ def twn(x: Array, axes: Axes) -> Array:
     """Mean of the magnitudes above the threshold (Ternary Weight Networks, eq. 5)."""
     above = jnp.abs(x) > twn_threshold(x, axes)
     count = jnp.maximum(jnp.sum(above, axis=axes, keepdims=True), 1)
-    return jnp.sum(jnp.where(above, jnp.abs(x), 0) / count, axis=axes, keepdims=True)
+    mean = jnp.sum(jnp.where(above, jnp.abs(x), 0) / count, axis=axes, keepdims=True)
+    return _poison(mean, x, axes)
 
 
 def gaussian_optimal(x: Array, axes: Axes) -> Array:
@@ -224,6 +229,9 @@ QUANTIZERS: dict[str, Quantizer] = {
     "int4_absmean": Quantizer(int4_absmean, low=-8, high=7),
     "int8_absmax": Quantizer(absmax, low=-128, high=127),
 }
+
+# A learned scale is a weight's: activations have a scale a token.
+TOKEN_QUANTIZERS = tuple(name for name, row in QUANTIZERS.items() if not row.learned)
 
 
 def normal_values(count: int = 1 << 16) -> Float[Array, "N"]:

@@ -44,11 +44,12 @@ def collect(
     """
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
+        run_id = path.parent.name
+        if tags is not None and run_id not in tags:
+            continue
         endpoints = _endpoints(path)
         if tags is not None:
-            if path.parent.name not in tags:
-                continue
-            endpoints = [_tagged(row, tags[path.parent.name]) for row in endpoints]
+            endpoints = [_tagged(row, tags[run_id]) for row in endpoints]
         rows += [{"sweep": sweep_directory.name, **row} for row in endpoints]
     for failed in (failures or {}).values():
         rows += [{"sweep": sweep_directory.name, **row} for row in failed]

@@ -27,15 +27,14 @@ import optax
 from jaxtyping import Array
 from rich.table import Table
 
-from bitnet_jax import loss as losses
 from bitnet_jax.data import DataError, train_batches, validation_rows
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import ConfigError, choose
 from bitnet_jax.evaluate import held_out_loss
 from bitnet_jax.latents import latents
 from bitnet_jax.loss import bits_per_byte
-from bitnet_jax.model import apply_model, with_linear_layers
+from bitnet_jax.model import with_linear_layers
 from bitnet_jax.precision import Precision, get_precision, granularity
-from bitnet_jax.train_step import StepConfig
+from bitnet_jax.train_step import eval_step
 from experiments import display
 from experiments.run import quiet_libraries
 from experiments.runs import FinishedRun, load_run
@@ -104,8 +103,7 @@ def _without_nan(value: Any) -> Any:
 
 def _arms(run: FinishedRun, options: argparse.Namespace) -> Iterator[Precision]:
     for kind in options.granularity.split(","):
-        if kind not in ("tensor", "channel"):
-            raise ConfigError(f"granularity={kind!r} is unknown; choose from tensor, channel")
+        choose("granularity", kind, ("tensor", "channel"))
         for name in options.weights.split(","):
             arm = _arm(run, name, kind, options.activations)
             if arm.weight_quantizer.learned:
@@ -163,20 +161,16 @@ def calibrate(
 
     @jax.jit
     def step(factors: dict, state: Any, tokens: Array) -> tuple[dict, Any]:
-        gradients = jax.grad(lambda f: _loss(program, _scaled(run.params, scales, f), tokens))(
-            factors
-        )
+        def loss(factors: dict) -> Array:
+            return eval_step(program, _scaled(run.params, scales, factors), tokens).mean()
+
+        gradients = jax.grad(loss)(factors)
         updates, state = optimizer.update(gradients, state)
         return optax.apply_updates(factors, updates), state
 
     for index in range(steps):
         factors, state = step(factors, state, np.asarray(batches[index]))
     return arm, _scaled(run.params, scales, factors)
-
-
-def _loss(program: StepConfig, params: dict, tokens: Array) -> Array:
-    logits = apply_model(program.model, program.precision, params, tokens[:, :-1])
-    return losses.cross_entropy(logits, tokens[:, 1:])[0].mean()
 
 
 def _scaled(params: dict, scales: dict, factors: dict) -> dict:

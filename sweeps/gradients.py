@@ -12,14 +12,8 @@ from ml_collections import ConfigDict
 from sweeps import ingredients
 from sweeps.grid import Point, axis, parse_arg, product
 
-VARIANTS = {
-    "": {},
-    **{
-        f"estimator {name}": {"quantization.estimator": name}
-        for name in ("clipped", "trust", "stochastic")
-    },
-    "int8 activations": {"quantization.activations": "none"},
-}
+ESTIMATORS = ("estimator clipped", "estimator trust", "estimator stochastic")
+WITHOUT = ("int8 activations",)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -33,8 +27,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(config: ConfigDict) -> list[Point]:
     """Every variant at every seed."""
-    points: list[Point] = []
-    for change, keys in VARIANTS.items():
-        kind = "base" if not change else "without" if "activations" in change else "instead"
-        points.append({**keys, "tags.base": "full", "tags.kind": kind, "tags.change": change})
+    estimators = {change: ingredients.INSTEAD[change] for change in ESTIMATORS}
+    without = {change: ingredients.WITHOUT[change] for change in WITHOUT}
+    kinds = [("instead", estimators), ("without", without)]
+    points = ingredients.variants(config, "full", {}, kinds)
     return product(points, axis("seed", config.sweep.seeds))

@@ -50,6 +50,11 @@ def chain(*sweeps: Iterable[Point]) -> list[Point]:
     return list(itertools.chain(*sweeps))
 
 
+def tags(**words: str) -> Point:
+    """Words that stand beside a run's results, in columns `tag_...`, and change nothing."""
+    return {f"tags.{key}": word for key, word in words.items()}
+
+
 def _merge(points: Iterable[Point]) -> Point:
     merged: Point = {}
     for point in points:

@@ -19,9 +19,9 @@ from ml_collections import ConfigDict
 
 from bitnet_jax import ladder
 from bitnet_jax.configs import default
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import choose
 from bitnet_jax.quantize import QUANTIZERS
-from sweeps.grid import Point, axis, chain, parse_arg, product
+from sweeps.grid import Point, axis, chain, parse_arg, product, tags
 
 Overrides = dict[str, Any]
 
@@ -39,7 +39,7 @@ WITHOUT: dict[str, tuple[str, Overrides]] = {
     "int8 activations": ("activations", {"quantization.activations": "none"}),
     "sub-norms": ("norms", {"model.norms": "pre"}),
     "squared ReLU": ("activation function", {"model.activation": "silu"}),
-    "gate": ("activation function", {"model.gated": False, "_wider": 3 / 2}),
+    "gate": ("activation function", {"model.gated": False}),
     "residual init": ("init", {"model.init": "flax"}),
     "float32 latents": ("latents", {"optim.latents": "bfloat16"}),
     "weight decay": ("weight decay", {"optim.weight_decay": 0.0}),
@@ -148,42 +148,42 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(config: ConfigDict) -> list[Point]:
     """Each base, then its variants; the seeds of one follow each other and share a program."""
-    full = _variants(config, "full", {}, [("without", WITHOUT), ("instead", INSTEAD)])
-    minimal = _variants(config, "minimal", MINIMAL, [("with", WITH)])
+    full = variants(config, "full", {}, [("without", WITHOUT), ("instead", INSTEAD)])
+    minimal = variants(config, "minimal", MINIMAL, [("with", WITH)])
     known = {"full": full, "minimal": minimal}
     for name in config.sweep.bases:
-        if name not in known:
-            raise ConfigError(f"sweep.bases={name!r} is unknown; choose from {', '.join(known)}")
+        choose("sweep.bases", name, known)
     chosen = [known[name] for name in config.sweep.bases]
     return product(chain(*chosen), axis("seed", config.sweep.seeds))
 
 
-def _variants(
+def variants(
     config: ConfigDict,
     base: str,
     recipe: Overrides,
     kinds: list[tuple[str, dict[str, tuple[str, Overrides]]]],
 ) -> list[Point]:
-    points = [_point(recipe, {}, base=base, kind="base", change="", factor="")]
-    for kind, variants in kinds:
-        for change, (factor, keys) in variants.items():
-            keys = _filled_in(config, keys)
-            points.append(_point(recipe, keys, base=base, kind=kind, change=change, factor=factor))
+    """A base recipe, and what each kind of change makes of it, tagged."""
+    points = [{**recipe, **tags(base=base, kind="base", change="", factor="")}]
+    for kind, changes in kinds:
+        for change, (factor, keys) in changes.items():
+            words = tags(base=base, kind=kind, change=change, factor=factor)
+            points.append({**recipe, **_filled_in(config, keys), **words})
     return points
 
 
-def _point(recipe: Overrides, changes: Overrides, **tags: str) -> Point:
-    return {**recipe, **changes, **{f"tags.{key}": value for key, value in tags.items()}}
+def as_wide(config: ConfigDict, keys: Overrides) -> Overrides:
+    """A recipe without a gate gets its matrix's parameters in the other two."""
+    if keys.get("model.gated", True):
+        return keys
+    return {**keys, "model.ff_width": 3 * ladder.get_shape(config.model.size).ff_width // 2}
 
 
 def _filled_in(config: ConfigDict, keys: Overrides) -> Overrides:
     """Values that the sweep's own axes decide in place of the keys that begin with _."""
-    filled = {key: value for key, value in keys.items() if not key.startswith("_")}
+    filled = {k: v for k, v in as_wide(config, keys).items() if not k.startswith("_")}
     if "_weight" in keys:
         filled["loss.regularizer_weight"] = keys["_weight"] * config.sweep.regularizer_weight
-    if "_wider" in keys:  # as many parameters without the gate's matrix as with it
-        ff_width = ladder.get_shape(config.model.size).ff_width
-        filled["model.ff_width"] = round(keys["_wider"] * ff_width)
     if "_optimizer" in keys:
         filled["optim.peak_lr"] = config.sweep[f"{keys['_optimizer']}_lr"]
     if keys.get("_optimizer") == "bop":

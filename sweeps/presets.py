@@ -9,11 +9,10 @@ keep the rate of 5e-4 that it gave both arms; at this size it is a tenth of eith
 
 from ml_collections import ConfigDict
 
-from bitnet_jax import ladder
 from bitnet_jax.configs.presets import LLAMA, PRESETS
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import choose
 from sweeps import ingredients
-from sweeps.grid import Point, axis, parse_arg, product
+from sweeps.grid import Point, axis, parse_arg, product, tags
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -27,27 +26,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def sweep(config: ConfigDict) -> list[Point]:
     """The LLaMA in bfloat16, then every recipe, each at every seed."""
-    rate = {"optim.peak_lr": config.sweep.float_lr}
-    llama = {**LLAMA, **rate, "precision": "bf16", **_tags("base", "")}
+    llama = {**LLAMA, "optim.peak_lr": config.sweep.float_lr, "precision": "bf16"}
+    points = [{**llama, **tags(base="llama", kind="base", change="", factor="")}]
     for name in config.sweep.presets:
-        if name not in PRESETS:
-            raise ConfigError(
-                f"sweep.presets={name!r} is unknown; choose from {', '.join(PRESETS)}"
-            )
-    recipes = [
-        {**_as_wide(config, PRESETS[name]()), **_tags("instead", name)}
-        for name in config.sweep.presets
-    ]
-    return product([llama, *recipes], axis("seed", config.sweep.seeds))
-
-
-def _as_wide(config: ConfigDict, keys: Point) -> Point:
-    """A recipe without a gate gets its matrix's parameters in the other two."""
-    if keys.get("model.gated", True):
-        return keys
-    return {**keys, "model.ff_width": 3 * ladder.get_shape(config.model.size).ff_width // 2}
-
-
-def _tags(kind: str, change: str) -> Point:
-    tags = {"base": "llama", "kind": kind, "change": change, "factor": "recipe" if change else ""}
-    return {f"tags.{key}": value for key, value in tags.items()}
+        choose("sweep.presets", name, PRESETS)
+        recipe = ingredients.as_wide(config, PRESETS[name]())
+        words = tags(base="llama", kind="instead", change=name, factor="recipe")
+        points.append({**recipe, **words})
+    return product(points, axis("seed", config.sweep.seeds))

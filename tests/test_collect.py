@@ -330,3 +330,11 @@ def test_missing_metrics_are_named(logged, spec_of, capsys):
     path.unlink()
     assert main([str(logged.folder), "--latents"]) == 2
     assert str(path) in capsys.readouterr().err
+
+
+def test_a_damaged_run_of_another_config_is_not_read(sweep, spec_of):
+    old, new = spec_of(seed=1), spec_of(seed=2)
+    sweep(old)
+    sweep(new)
+    (sweep.folder / "runs" / old.run_id / "summary.json").write_text("{")
+    assert set(collect(sweep.folder, tags={new.run_id: {}})["seed"]) == {2}

@@ -6,13 +6,13 @@ import dataclasses
 from ml_collections import ConfigDict
 
 from bitnet_jax import cost, hadamard
-from bitnet_jax.configs.checks import choose, require
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import ConfigError, choose, require
+from bitnet_jax.initializers import RESIDUAL_PROJECTIONS
 from bitnet_jax.model import TransformerConfig
 from bitnet_jax.optim import OptimizerConfig, Schedule
 from bitnet_jax.phases import WARMUPS, Phases
 from bitnet_jax.precision import Precision, get_precision, granularity
-from bitnet_jax.quantize import QUANTIZERS, absmedian
+from bitnet_jax.quantize import TOKEN_QUANTIZERS, absmedian
 from bitnet_jax.regularizers import REGULARIZERS
 
 CHANGES = ("weights", "activations", "estimator", "activation_estimator", "rotate")
@@ -36,14 +36,13 @@ def resolve_precision(config: ConfigDict, model: TransformerConfig) -> Precision
 
 
 def _check_shapes(arm: Precision, model: TransformerConfig) -> None:
-    shapes = cost.linear_shapes(model)
-    residual = (3, len(shapes) - 1)  # out and down
-    for index, (inputs, outputs) in enumerate(shapes):
-        why = arm.granularity.refusal(inputs, outputs, index in residual)
+    for name, (inputs, outputs) in cost.linear_shapes(model).items():
+        residual = name in RESIDUAL_PROJECTIONS
+        why = arm.granularity.refusal(inputs, outputs, residual)
         if why:
             key, value = "quantization.granularity_size", arm.granularity.size
             raise ConfigError(f"{key}={value!r}: {why}; the model's widths are {_widths(model)}")
-        if arm.rotate and index in residual:
+        if arm.rotate and residual:
             require(
                 hadamard.supported(inputs),
                 "quantization.rotate",
@@ -84,8 +83,7 @@ def resolve_phases(
         _check_warmup(q, arm, phases, schedule, ends)
     if q.late_activations is None:
         return arm, phases
-    plain = [name for name, row in QUANTIZERS.items() if not row.learned]
-    choose("quantization.late_activations", q.late_activations, plain)
+    choose("quantization.late_activations", q.late_activations, TOKEN_QUANTIZERS)
     arm = dataclasses.replace(arm, name=f"{arm.name}+late={q.late_activations}")
     late = dataclasses.replace(arm, activations=q.late_activations)
     require(

@@ -26,9 +26,7 @@ def get_config() -> ConfigDict:
     c.model.kv_heads = config_dict.placeholder(int)
     c.model.activation = "relu2"  # relu2 (BitNet 2B4T), silu, gelu
     c.model.gated = True  # MLP is act(gate x) * (up x), else act(up x)
-    c.model.norms = (
-        "sub"  # RMSNorm: pre (LLaMA), sub (and before out and down), inside (each linear)
-    )
+    c.model.norms = "sub"  # pre (LLaMA), sub (also before out and down), inside (each linear)
     c.model.init = "fan_in"  # of kernels: fan_in, flax, nanotron, subln, quantizer
     c.model.tied_embeddings = True  # head = embedding transposed
     c.model.rope_theta = 500_000.0  # base of the rotary frequencies

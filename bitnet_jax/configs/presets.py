@@ -71,8 +71,8 @@ def bitnet_a48() -> Overrides:
 
 
 def blog_bitnet15() -> Overrides:
-    """ "Experiments with BitNet 1.5 (ngmi)" (joey00072, 2024): b1.58's layer with a norm inside, a
-    LLaMA of 15M parameters (8 layers, width 256, sequences of 256), one rate of 5e-4 for both arms.
+    """The blog "Experiments with BitNet 1.5 (ngmi)" (joey00072, 2024): b1.58's layer in a LLaMA of
+    15M parameters (8 layers, width 256, sequences of 256), one rate of 5e-4 for both arms.
     Its text takes the activations' scale over the time axis, which tells the past of the future;
     its code, as here, over features."""
     return {**_BLOG, "precision": "ternary", "model.norms": "inside"}

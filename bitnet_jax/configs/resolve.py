@@ -3,14 +3,16 @@
 Each failure is a ConfigError of one line that names the key, its value and what would be right.
 """
 
+import dataclasses
 import hashlib
+import math
 
 from ml_collections import ConfigDict
 
 from bitnet_jax import cost, ladder
 from bitnet_jax.configs import arms
-from bitnet_jax.configs.checks import check_finite, choose, require
 from bitnet_jax.data import Corpus
+from bitnet_jax.errors import choose, require
 from bitnet_jax.initializers import INITIALIZERS
 from bitnet_jax.model import ACTIVATIONS, NORMS, TransformerConfig
 from bitnet_jax.optim import (
@@ -32,7 +34,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
     Raises:
       ConfigError: a value that cannot work, or two that cannot work together.
     """
-    check_finite(config)
+    _check_finite(config)
     model = _model(config, corpus.vocab_size)
     precision = arms.resolve_precision(config, model)
     batch_size = _batch_size(config)
@@ -113,6 +115,15 @@ def loop_options(config: ConfigDict) -> LoopOptions:
         wandb_mode=wandb,
         wandb_project=config.tracking.project,
     )
+
+
+def _check_finite(config: ConfigDict, prefix: str = "") -> None:
+    """No number of a config may be infinite; NaN fails the bounds of each key."""
+    for key, value in config.items():
+        if isinstance(value, ConfigDict):
+            _check_finite(value, f"{prefix}{key}.")
+        elif isinstance(value, float):
+            require(not math.isinf(value), prefix + key, value, "it must be finite")
 
 
 SHAPE_KEYS = ladder.Shape._fields
@@ -247,9 +258,7 @@ def _optimizer(config: ConfigDict) -> OptimizerConfig:
         "0 for none, or 0.01 to 1000 standard deviations",
     )
     require(o.bop_ratio <= 10, "optim.bop_ratio", o.bop_ratio, "it must be at most 10")
-    return OptimizerConfig(
-        **{key: o[key] for key in OptimizerConfig.__dataclass_fields__},
-    )
+    return OptimizerConfig(**{f.name: o[f.name] for f in dataclasses.fields(OptimizerConfig)})
 
 
 def _data(config: ConfigDict, corpus: Corpus) -> DataSpec:
