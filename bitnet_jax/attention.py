@@ -2,58 +2,98 @@
 
 Written out rather than taken from `jax.nn.dot_product_attention`, which has no float16 path on a
 CPU and multiplies float32 cotangents in its backward pass: here backward products run in the arm's
-compute dtype, in every arm, and what is saved for them is one matrix of probabilities in 16 bits.
+compute dtype, in every arm. Queries are taken in blocks, each with the keys up to its own end, so
+that most of what the mask would throw away is never computed; what is saved for the backward pass
+are the probabilities, in 16 bits. On a GPU `cudnn` is the flash kernel instead, which saves none.
 """
+
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+IMPLEMENTATIONS = ("blocks", "cudnn")
+
+# Queries a block: as few as still make good matrix products. The program grows with the blocks.
+BLOCK = 64
+MAX_BLOCKS = 8
 
 
 def causal_attention(
-    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"]
+    q: Float[Array, "B T N H"],
+    k: Float[Array, "B T K H"],
+    v: Float[Array, "B T K H"],
+    implementation: str = "blocks",
 ) -> Float[Array, "B T N H"]:
     """softmax(q k^T / sqrt(H) + causal mask) v; softmax and accumulation are float32.
 
     The result has q's dtype, as have the operands of every product.
     """
+    if implementation == "cudnn":
+        return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
     batch, length, heads, head_size = q.shape
     kv_heads = k.shape[2]
-    # The query heads of a group become further rows of one product with their key head.
-    rows = q.reshape(batch, length, kv_heads, -1, head_size).transpose(0, 2, 3, 1, 4)
-    rows = rows.reshape(batch, kv_heads, -1, head_size)
-    y = _attend(rows, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
-    y = y.reshape(batch, kv_heads, -1, length, head_size).transpose(0, 3, 1, 2, 4)
-    return y.reshape(batch, length, heads, head_size)
+    scaled = (q.astype(jnp.float32) * head_size**-0.5).astype(q.dtype)
+    grouped = scaled.reshape(batch, length, kv_heads, -1, head_size).transpose(0, 2, 3, 1, 4)
+    y = _attend(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
+    return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_size)
 
 
 @jax.custom_vjp
 def _attend(
-    q: Float[Array, "B K GT H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
-) -> Float[Array, "B K GT H"]:
+    q: Float[Array, "B K G T H"], k: Float[Array, "B K T H"], v: Float[Array, "B K T H"]
+) -> Float[Array, "B K G T H"]:
+    """q comes scaled."""
     return _attend_forward(q, k, v)[0]
 
 
-def _attend_forward(q, k, v):
-    length = k.shape[2]
-    mask = np.where(np.tril(np.ones((length, length), bool)), 0, -np.inf).astype(np.float32)
-    mask = np.tile(mask, (q.shape[2] // length, 1))[None, None]
-    scores = _product(q, k, 3, 3) * q.shape[3] ** -0.5 + mask
+def _blocks(length: int) -> Iterator[tuple[int, int]]:
+    """(start, end) of each block of queries."""
+    size = max(BLOCK, -(-length // MAX_BLOCKS))
+    for start in range(0, length, size):
+        yield start, min(start + size, length)
+
+
+def _rows(x: Float[Array, "B K G T H"], start: int, end: int) -> Float[Array, "B K Gt H"]:
+    """A block of queries; those of a group become further rows of one product."""
+    return x[:, :, :, start:end].reshape(*x.shape[:2], -1, x.shape[4])
+
+
+def _forward_block(q, k, v, start, end):
+    """The outputs and probabilities of queries [start, end)."""
+    visible = np.arange(end)[None, :] <= np.arange(start, end)[:, None]
+    mask = np.tile(np.where(visible, 0, -np.inf).astype(np.float32), (q.shape[2], 1))
+    scores = _product(_rows(q, start, end), k[:, :, :end], 3, 3) + mask[None, None]
     weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype)
-    y = _product(weights, v, 3, 2).astype(q.dtype)
-    return y, (q, k, v, weights, y)
+    y = _product(weights, v[:, :, :end], 3, 2).astype(q.dtype)
+    return y.reshape(*q.shape[:3], end - start, q.shape[4]), weights
+
+
+def _attend_forward(q, k, v):
+    blocks = [_forward_block(q, k, v, *block) for block in _blocks(q.shape[3])]
+    y = jnp.concatenate([y for y, _ in blocks], axis=3)
+    residuals = checkpoint_name((q, k, v, tuple(weights for _, weights in blocks), y), "attention")
+    return residuals[-1], residuals
 
 
 def _attend_backward(residuals, g):
     """d scores = p * (dp - sum(p dp)), where sum(p dp) = g . y (FlashAttention, appendix B.2)."""
-    q, k, v, weights, y = residuals
-    d_weights = _product(g, v, 3, 3)
+    q, k, v, all_weights, y = residuals
     inner = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
-    d_scores = weights.astype(jnp.float32) * (d_weights - inner) * q.shape[3] ** -0.5
-    d_scores = d_scores.astype(q.dtype)
-    dq, dk = _product(d_scores, k, 3, 2), _product(d_scores, q, 2, 2)
-    dv = _product(weights, g, 2, 2)
+    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
+    for weights, (start, end) in zip(all_weights, _blocks(q.shape[3]), strict=True):
+        rows = _rows(g, start, end)
+        d_weights = _product(rows, v[:, :, :end], 3, 3) - _rows(inner, start, end)
+        d_scores = (weights.astype(jnp.float32) * d_weights).astype(q.dtype)
+        block = _product(d_scores, k[:, :, :end], 3, 2)
+        dq.append(block.reshape(*q.shape[:3], end - start, q.shape[4]))
+        unseen = ((0, 0), (0, 0), (0, q.shape[3] - end), (0, 0))
+        dk += jnp.pad(_product(d_scores, _rows(q, start, end), 2, 2), unseen)
+        dv += jnp.pad(_product(weights, rows, 2, 2), unseen)
+    dq = jnp.concatenate(dq, axis=3)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 
 
@@ -61,7 +101,7 @@ _attend.defvjp(_attend_forward, _attend_backward)
 
 
 def _product(a: Array, b: Array, axis_a: int, axis_b: int) -> Float[Array, "B K _ _"]:
-    """Contract one axis of each, for every sequence and head, accumulating in float32."""
+    """Contract one axis of each, for every sequence and key head, accumulating in float32."""
     exactness = jax.lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
     dimensions = ((axis_a,), (axis_b,)), ((0, 1), (0, 1))
     return jax.lax.dot_general(

@@ -29,14 +29,20 @@ class Checkpointer:
             items["stash"] = ocp.args.StandardSave(stash)
         self._manager.save(tick, args=ocp.args.Composite(**items), force=True)
 
+    def ticks(self) -> list[int]:
+        """Those that have a checkpoint."""
+        return list(self._manager.all_steps())
+
     def restore_latest(self, like: TrainState) -> tuple[TrainState, TrainState | None, Any] | None:
-        """(state, stash, progress) of the newest checkpoint, or None where there is none.
+        """`restore` of the newest checkpoint, or None where there is none."""
+        tick = self._manager.latest_step()
+        return None if tick is None else self.restore(tick, like)
+
+    def restore(self, tick: int, like: TrainState) -> tuple[TrainState, TrainState | None, Any]:
+        """(state, stash, progress) of a checkpoint.
 
         like: a state of the same shapes, which gives structure, dtypes and placement.
         """
-        tick = self._manager.latest_step()
-        if tick is None:
-            return None
         abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
         progress = self._restore(tick, progress=ocp.args.JsonRestore())["progress"]
         restore = {"state": ocp.args.StandardRestore(abstract)}

@@ -9,6 +9,7 @@ from bitnet_jax.granularity import quantize_kernel
 from bitnet_jax.initializers import RESIDUAL_PROJECTIONS
 from bitnet_jax.model import linear_layers
 from bitnet_jax.precision import Precision
+from bitnet_jax.quantize import Quantized
 
 
 class Latents(NamedTuple):
@@ -30,6 +31,19 @@ def latents(params: dict, precision: Precision) -> dict[str, Latents]:
 def latent_codes(params: dict, precision: Precision) -> dict[str, Int8[Array, "L I d F"]]:
     """The codes alone."""
     return {name: latent.codes for name, latent in latents(params, precision).items()}
+
+
+def known_codes(params: dict, precision: Precision) -> dict:
+    """Codes and scales of all kernels, as the model's collection `codes` holds them.
+
+    For several forward passes with the same parameters, each of which would make them again.
+    """
+    codes: dict = {}
+    for name, latent in latents(params, precision).items():
+        group, projection = name.split("/")
+        kernel = {"kernel": Quantized(latent.codes, latent.scale)}
+        codes.setdefault(group, {})[projection] = kernel
+    return {"blocks": codes}
 
 
 def _latents(name: str, layer: dict, precision: Precision) -> Latents:

@@ -1,7 +1,8 @@
 """The quantized matrix product: integer forward, straight-through backward, one custom_vjp.
 
-`quantized_dot` is what every linear layer of every arm runs. `reference_dot` is the plain
-composition that it must equal: fake-quantize both operands, multiply in float32, differentiate.
+`quantized_dots` is what every linear layer of every arm runs: the products of one input with one
+kernel or several (q, k, v), for which it is quantized once. `reference_dot` is the plain
+composition that each must equal: fake-quantize both operands, multiply in float32, differentiate.
 """
 
 import math
@@ -11,12 +12,26 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
-from bitnet_jax import estimators
+from bitnet_jax import carriers, estimators
 from bitnet_jax.granularity import kernel_step_gradient, kernel_values, quantize_kernel
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import Quantized, dequantize, quantize
+
+
+class Weights(NamedTuple):
+    """A kernel of a quantized product.
+
+    step: learned scales of the kernel, where the weight quantizer has them.
+    quantized: the kernel's codes and scales where they are known already, as they are to all
+      microbatches of a step but the first; None quantizes here.
+    """
+
+    kernel: Float[Array, "D F"]
+    step: Float[Array, "..."] | None = None
+    quantized: Quantized | None = None
 
 
 class Context(NamedTuple):
@@ -35,7 +50,27 @@ class Context(NamedTuple):
 DEPLOYED = Context()  # full quantization, to nearest: how a model is evaluated and used
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def quantized_dots(
+    x: Float[Array, "*B D"],
+    weights: tuple[Weights, ...],
+    context: Context,
+    precision: Precision,
+    row_parallel: bool = False,
+) -> tuple[Float[Array, "*B _"], ...]:
+    """x @ kernel through the arm's quantizers, in the arm's compute dtype, for each kernel [D, F].
+
+    Forward: the product of the codes, exact where both are integers, with the scales applied once
+    after it. What is trained is what is deployed: an integer engine gives the same numbers.
+    Backward: straight-through. With x' and w' the dequantized operands, dx = sum of g w'^T and
+    dw = x'^T g, as 16-bit products (32-bit in the fp32 arm) with float32 accumulation; the arm's
+    estimators then say where these gradients pass. Learned scales get a gradient too.
+
+    row_parallel: how tensor parallelism would cut the kernels, which per-shard scales depend on.
+    """
+    return _forward(x, weights, context, precision, row_parallel)[0]
+
+
 def quantized_dot(
     x: Float[Array, "*B D"],
     w: Float[Array, "D F"],
@@ -44,18 +79,8 @@ def quantized_dot(
     precision: Precision,
     row_parallel: bool = False,
 ) -> Float[Array, "*B F"]:
-    """x @ w through the arm's quantizers, in the arm's compute dtype.
-
-    Forward: the product of the codes, exact where both are integers, with the scales applied once
-    after it. What is trained is what is deployed: an integer engine gives the same numbers.
-    Backward: straight-through. With x' and w' the dequantized operands, dx = g w'^T and
-    dw = x'^T g, as 16-bit products (32-bit in the fp32 arm) with float32 accumulation; the arm's
-    estimators then say where these gradients pass.
-
-    step: learned scales of w, where the weight quantizer has them; they get a gradient too.
-    row_parallel: how tensor parallelism would cut w, which per-shard scales depend on.
-    """
-    return _forward(x, w, step, context, precision, row_parallel)[0]
+    """`quantized_dots` with a single kernel."""
+    return quantized_dots(x, (Weights(w, step),), context, precision, row_parallel)[0]
 
 
 def reference_dot(
@@ -92,57 +117,60 @@ def plain_dot(
 # ---- Operands ----------------------------------------------------------------------------------
 
 
+class _Kernel(NamedTuple):
+    """What the backward pass needs of a kernel. A mask is None where everything passes."""
+
+    operand: Quantized
+    mask: Array | None
+    learned: tuple[Array, Array, Array] | None  # kernel, step and codes, for a learned step
+    like: Array  # of size 0: it carries the primal's dtype, which the cotangent must have
+
+
 class _Residuals(NamedTuple):
-    """What the backward pass needs. Codes are int8; a mask is None where everything passes."""
+    """What the backward pass needs. Codes are int8."""
 
     x: Quantized
-    w: Quantized
-    x_mask: Array | None
-    w_mask: Array | None
-    learned: tuple[Array, Array, Array] | None  # kernel, step and codes, for a learned step
+    mask: Array | None
+    like: Array
+    kernels: tuple[_Kernel, ...]
     strength: Array | None
-    x_like: Array  # of size 0: they carry the primals' dtypes, which the cotangents must have
-    w_like: Array
 
 
-def _forward(x, w, step, context, precision, row_parallel):
-    x_key, w_key = (None, None) if context.key is None else jax.random.split(context.key)
-    qx = quantize(
-        precision.activation_quantizer,
-        x,
-        (x.ndim - 1,),
-        noise=_noise(x_key, precision.activation_estimator, x),
-    )
-    # Quantize the float32 master, then cast: the other order changes codes.
-    qw = quantize_kernel(
-        precision.weight_quantizer,
-        precision.granularity,
-        w,
-        row_parallel,
-        step,
-        _noise(w_key, precision.estimator, w),
-    )
-    w_blocks = w.reshape(qw.codes.shape)
-    x_mask = estimators.passes(
-        precision.activation_estimator, precision.activation_quantizer, x, qx
-    )
-    w_mask = estimators.passes(precision.estimator, precision.weight_quantizer, w_blocks, qw)
-    codes = qw.codes
+def _forward(x, weights, context, precision, row_parallel):
+    x_key, *w_keys = [None] * (1 + len(weights))
+    if context.key is not None:
+        x_key, *w_keys = jax.random.split(context.key, 1 + len(weights))
+    noise = _noise(x_key, precision.activation_estimator, x)
+    q = quantize(precision.activation_quantizer, x, (x.ndim - 1,), noise=noise)
+    mask = estimators.passes(precision.activation_estimator, precision.activation_quantizer, x, q)
     if context.strength is not None:
-        qx, qw = _blend(qx, x, context.strength), _blend(qw, w_blocks, context.strength)
-        qw = qw._replace(codes=qw.codes.reshape(1, *w.shape))  # one product, whatever was sliced
-    y = _product(_operand(qx, precision), _operand(qw, precision), precision)
-    residuals = _Residuals(
-        _operand(qx, precision),
-        _operand(qw, precision),
-        x_mask,
-        w_mask,
-        None if step is None else (w, step, codes),
-        context.strength,
-        jnp.zeros((0,), x.dtype),
-        jnp.zeros((0,), w.dtype),
+        q = _blend(q, x, context.strength)
+    q = checkpoint_name(_operand(q, precision), "operand")
+    kernels = tuple(
+        _kernel(w, context.strength, key, precision, row_parallel)
+        for w, key in zip(weights, w_keys, strict=True)
     )
-    return y.astype(precision.compute_dtype), residuals
+    ys = tuple(_product(q, k.operand, precision).astype(precision.compute_dtype) for k in kernels)
+    return ys, _Residuals(q, mask, jnp.zeros((0,), x.dtype), kernels, context.strength)
+
+
+def _kernel(w: Weights, strength, key, precision: Precision, row_parallel: bool) -> _Kernel:
+    kernel, quantizer = w.kernel, precision.weight_quantizer
+    q = w.quantized
+    if q is None:
+        # Quantize the float32 master, then cast: the other order changes codes.
+        noise = _noise(key, precision.estimator, kernel)
+        q = quantize_kernel(quantizer, precision.granularity, kernel, row_parallel, w.step, noise)
+    blocks = kernel.reshape(q.codes.shape)
+    mask = estimators.passes(precision.estimator, quantizer, blocks, q)
+    learned = None if w.step is None else (kernel, w.step, q.codes)
+    if strength is not None:
+        q = _blend(q, blocks, strength)
+        q = q._replace(codes=q.codes.reshape(1, *kernel.shape))  # one product, whatever was sliced
+    operand = _operand(q, precision)
+    if operand.codes.dtype == jnp.int8:
+        operand = checkpoint_name(operand, "operand")
+    return _Kernel(operand, mask, learned, jnp.zeros((0,), kernel.dtype))
 
 
 def _noise(key, estimator, like):
@@ -189,21 +217,32 @@ def code_dot(
 ) -> Float[Array, "..."]:
     """Contract two operands in the arm's dtype, accumulating in float32 (int32 for int8 codes)."""
     both_int8 = x.dtype == w.dtype == jnp.int8
-    terms = math.prod(x.shape[axis] for axis in contract[0])
-    if both_int8 and (precision.carrier == "int8" or _largest_sum(precision, terms) >= 2**24):
-        operand, accumulator = jnp.int8, jnp.int32
-    else:
-        operand = jnp.bfloat16 if both_int8 else precision.compute_dtype
-        accumulator = jnp.float32
-    exactness = lax.Precision.HIGHEST if operand == jnp.float32 else None
-    product = lax.dot_general(
-        x.astype(operand),
-        w.astype(operand),
+    if both_int8:
+        return _integer_dot(x, w, precision, (contract, batch))
+    dtype = precision.compute_dtype
+    exactness = lax.Precision.HIGHEST if dtype == jnp.float32 else None
+    return lax.dot_general(
+        x.astype(dtype),
+        w.astype(dtype),
         (contract, batch),
         precision=exactness,  # a GPU's default for float32 operands is TF32
-        preferred_element_type=accumulator,
+        preferred_element_type=jnp.float32,
     )
-    return product.astype(jnp.float32)
+
+
+def _integer_dot(x, w, precision: Precision, dimensions) -> Float[Array, "..."]:
+    """The exact product of int8 codes, in whichever of two equal ways the device is faster at."""
+    terms = math.prod(x.shape[axis] for axis in dimensions[0][0])
+
+    def dot(operand, accumulator):
+        return lax.dot_general(
+            x.astype(operand), w.astype(operand), dimensions, preferred_element_type=accumulator
+        ).astype(jnp.float32)
+
+    too_large = _largest_sum(precision, terms) >= 2**24  # for float32 sums to be exact
+    if too_large or carriers.resolve(precision.carrier) == "int8":
+        return dot(jnp.int8, jnp.int32)
+    return dot(jnp.bfloat16, jnp.float32)
 
 
 def _largest_sum(precision: Precision, terms: int) -> int:
@@ -212,32 +251,56 @@ def _largest_sum(precision: Precision, terms: int) -> int:
     return terms * max(-x.low, x.high) * max(-w.low, w.high)
 
 
-def _backward(precision, row_parallel, r, g):
+def _backward(precision, row_parallel, r, gs):
+    dx = sum(_dx(precision, k.operand, g) for k, g in zip(r.kernels, gs, strict=True))
+    dx = estimators.apply_mask(r.mask, dx, r.strength).astype(r.like.dtype)
+    x = _rows_last(r.x.codes).astype(precision.compute_dtype)
+    cotangents = tuple(
+        _d_weights(precision, row_parallel, r, x, k, g) for k, g in zip(r.kernels, gs, strict=True)
+    )
+    return dx, cotangents, None
+
+
+def _dx(precision: Precision, w: Quantized, g: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
     dtype, last = precision.compute_dtype, g.ndim - 1
-    rows = tuple(range(last))
-    if r.w.scale.size == 1:
-        codes = r.w.codes.reshape(-1, r.w.codes.shape[2]).astype(dtype)
-        dx = code_dot(g, codes, precision, ((last,), (1,))) * r.w.scale.reshape((1,) * g.ndim)
-    else:
-        dx = code_dot(g, kernel_values(r.w).astype(dtype), precision, ((last,), (1,)))
+    if w.scale.size > 1:
+        return code_dot(g, kernel_values(w).astype(dtype), precision, ((last,), (1,)))
+    codes = w.codes.reshape(-1, w.codes.shape[2]).astype(dtype)
+    return code_dot(g, codes, precision, ((last,), (1,))) * w.scale.reshape((1,) * g.ndim)
+
+
+def _d_weights(precision, row_parallel, r: _Residuals, x, k: _Kernel, g) -> Weights:
     # A token's scale multiplies a row of x, so it may as well multiply that row of g.
-    scaled_g = g if r.x.codes.dtype != jnp.int8 else (g * r.x.scale).astype(dtype)
-    dw = code_dot(r.x.codes.astype(dtype), scaled_g, precision, (rows, rows))
-    d_step = None if r.learned is None else _step_gradient(precision, row_parallel, r, dw)
-    w_mask = None if r.w_mask is None else r.w_mask.reshape(dw.shape)
-    dx = estimators.apply_mask(r.x_mask, dx, r.strength)
-    dw = estimators.apply_mask(w_mask, dw, r.strength)
-    return dx.astype(r.x_like.dtype), dw.astype(r.w_like.dtype), d_step, None
+    if r.x.codes.dtype == jnp.int8:
+        g = (g * r.x.scale).astype(precision.compute_dtype)
+    dw = code_dot(x, g.reshape(-1, g.shape[-1]), precision, ((1,), (0,)))
+    d_step = None
+    if k.learned is not None:
+        kernel, step, codes = k.learned
+        quantizer, blocks = precision.weight_quantizer, precision.granularity
+        d_step = kernel_step_gradient(quantizer, blocks, kernel, codes, step, dw, row_parallel)
+        d_step = d_step if r.strength is None else d_step * r.strength
+    mask = None if k.mask is None else k.mask.reshape(dw.shape)
+    dw = estimators.apply_mask(mask, dw, r.strength)
+    return Weights(dw.astype(k.like.dtype), d_step)
 
 
-def _step_gradient(precision, row_parallel, r, dw):
-    kernel, step, codes = r.learned
-    quantizer, blocks = precision.weight_quantizer, precision.granularity
-    g = kernel_step_gradient(quantizer, blocks, kernel, codes, step, dw, row_parallel)
-    return g if r.strength is None else g * r.strength
+def _rows_last(x: Array) -> Array:
+    """[*B, D] as [D, rows], really moved on a CPU.
+
+    Its fast products read the contracted axis of their left operand in memory order; XLA would
+    fold a plain transpose into the product, which then runs at a third to a half of the speed.
+    """
+    x = x.reshape(-1, x.shape[-1])
+
+    def moved(x):
+        half = x.shape[0] // 2
+        return jnp.concatenate([x[:half].T, x[half:].T], axis=1)
+
+    return lax.platform_dependent(x, cpu=moved, default=jnp.transpose)
 
 
-quantized_dot.defvjp(_forward, _backward)
+quantized_dots.defvjp(_forward, _backward)
 
 
 def _plain_forward(x, w, precision):
@@ -249,9 +312,8 @@ def _plain_forward(x, w, precision):
 
 def _plain_backward(precision, residuals, g):
     x, w, (x_like, w_like) = residuals
-    rows = tuple(range(g.ndim - 1))
     dx = code_dot(g, w, precision, ((g.ndim - 1,), (0,)))
-    dw = code_dot(g, x, precision, (rows, rows))
+    dw = code_dot(_rows_last(g), x.reshape(-1, x.shape[-1]), precision, ((1,), (0,)))
     return dx.astype(x_like.dtype), dw.astype(w_like.dtype)
 
 

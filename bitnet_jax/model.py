@@ -15,15 +15,21 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.attention import causal_attention
 from bitnet_jax.initializers import INITIALIZERS, RESIDUAL_PROJECTIONS
-from bitnet_jax.layers import BitLinear, RMSNorm, rotary_angles, rotate
+from bitnet_jax.layers import BitLinear, RMSNorm, bit_linears, rotary_angles, rotate
 from bitnet_jax.matmul import DEPLOYED, Context, plain_dot
 from bitnet_jax.precision import Precision
 
 NORMS = ("sub", "pre", "inside")
+
+# What the forward pass keeps for the backward pass beside each block's input: the quantized inputs
+# of products, what attention wants, and what the activation function gets. Norms and activations in
+# between are made again from them: that is faster than moving their float32 values.
+SAVED = jax.checkpoint_policies.save_only_these_names("operand", "product", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +41,7 @@ class TransformerConfig:
       the two projections that add to the residual stream (BitNet b1.58 2B4T). `inside`: in every
       linear layer and nowhere else in the block (BitNet b1.58's FAQ).
     init: of the kernels, a name in `initializers.py`.
+    attention: how it is computed, a name in `attention.py`; they differ by rounding alone.
     """
 
     vocab_size: int
@@ -51,6 +58,7 @@ class TransformerConfig:
     rope_theta: float = 500_000.0
     norm_epsilon: float = 1e-5
     remat: bool = False
+    attention: str = "blocks"
 
     @property
     def head_size(self) -> int:
@@ -77,17 +85,19 @@ class Attention(nn.Module):
         c = self.config
         batch, length, _ = x.shape
 
-        def project(name: str, heads: int) -> Float[Array, "B T N H"]:
-            y = linear(c, self.precision, name, heads * c.head_size)(x, strength)
-            return y.reshape(batch, length, heads, c.head_size)
-
-        q, k, v = project("q", c.heads), project("k", c.kv_heads), project("v", c.kv_heads)
+        layers = [
+            linear(c, self.precision, name, c.width, heads * c.head_size)
+            for name, heads in (("q", c.heads), ("k", c.kv_heads), ("v", c.kv_heads))
+        ]
+        q, k, v = (
+            y.reshape(batch, length, -1, c.head_size) for y in bit_linears(layers, x, strength)
+        )
         angles = rotary_angles(length, c.head_size, c.rope_theta)
         q, k = rotate(q, angles), rotate(k, angles)
-        y = causal_attention(q, k, v).reshape(batch, length, c.width)
+        y = causal_attention(q, k, v, c.attention).reshape(batch, length, c.width)
         if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
-        return linear(c, self.precision, "out", c.width)(y, strength)
+        return linear(c, self.precision, "out", c.width, c.width)(y, strength)
 
 
 class Mlp(nn.Module):
@@ -102,21 +112,23 @@ class Mlp(nn.Module):
     ) -> Float[Array, "B T D"]:
         c = self.config
         activation = ACTIVATIONS[c.activation]
+        names = ("up", "gate") if c.gated else ("up",)
+        layers = [linear(c, self.precision, name, c.width, c.ff_width) for name in names]
+        products = checkpoint_name(bit_linears(layers, x, strength), "product")
         # In float32: a squared ReLU passes float16's 65504 already at 256.
-        y = linear(c, self.precision, "up", c.ff_width)(x, strength).astype(jnp.float32)
-        if c.gated:
-            gate = linear(c, self.precision, "gate", c.ff_width)(x, strength)
-            y = activation(gate.astype(jnp.float32)) * y
-        else:
-            y = activation(y)
+        y, *gate = (y.astype(jnp.float32) for y in products)
+        y = activation(gate[0]) * y if c.gated else activation(y)
         if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
-        return linear(c, self.precision, "down", c.width)(y, strength)
+        return linear(c, self.precision, "down", c.ff_width, c.width)(y, strength)
 
 
-def linear(c: TransformerConfig, precision: Precision, name: str, features: int) -> BitLinear:
+def linear(
+    c: TransformerConfig, precision: Precision, name: str, inputs: int, features: int
+) -> BitLinear:
     """The block's projection called `name`. Called inside a module, which it becomes part of."""
     return BitLinear(
+        inputs,
         features,
         precision,
         INITIALIZERS[c.init](name, c.layers, precision),
@@ -147,7 +159,10 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """Token ids to next-token logits.
+    """Token ids to what the head multiplies: final hidden states, and the head's matrix [V, D].
+
+    The head is left to the caller, which may want logits (`apply_model`) or, of a large vocabulary,
+    the loss without them (`loss.head_cross_entropy`).
 
     The parameters of the L blocks are stacked on a leading axis under `blocks`, so that the
     program's size does not grow with depth.
@@ -159,16 +174,16 @@ class Transformer(nn.Module):
     @nn.compact
     def __call__(
         self, tokens: Int[Array, "B T"], strength: Float[Array, ""] | None = None
-    ) -> Float[Array, "B T V"]:
+    ) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
         c = self.config
         embedding = self.param(
             "embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width), jnp.float32
         )
         x = jnp.take(embedding, tokens, axis=0)
-        block = nn.remat(Block, prevent_cse=False) if c.remat else Block
+        block = nn.remat(Block, prevent_cse=False, policy=None if c.remat else SAVED)
         blocks = nn.scan(
             block,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "codes": 0},
             split_rngs={"params": True, "rounding": True},
             in_axes=nn.broadcast,
             length=c.layers,
@@ -179,7 +194,7 @@ class Transformer(nn.Module):
         if not c.tied_embeddings:
             init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=1, out_axis=0)
             head = self.param("head", init, (c.vocab_size, c.width), jnp.float32)
-        return plain_dot(x, head, self.precision).astype(jnp.float32)
+        return x, head
 
 
 def init_params(config: TransformerConfig, precision: Precision, key: Array) -> dict:
@@ -192,6 +207,24 @@ def init_params(config: TransformerConfig, precision: Precision, key: Array) -> 
     return Transformer(config, precision).init(key, tokens)["params"]
 
 
+def apply_hidden(
+    config: TransformerConfig,
+    precision: Precision,
+    params: dict,
+    tokens: Int[Array, "B T"],
+    context: Context = DEPLOYED,
+    codes: dict | None = None,
+) -> tuple[Float[Array, "B T D"], Float[Array, "V D"]]:
+    """Final hidden states and the head, in the arm's precision; by default as deployed.
+
+    codes: of the kernels, where they are known (`latents.known_codes`).
+    """
+    rngs = None if context.key is None else {"rounding": context.key}
+    variables = {"params": params} if codes is None else {"params": params, "codes": codes}
+    model = Transformer(config, precision)
+    return model.apply(variables, tokens, context.strength, rngs=rngs)  # type: ignore
+
+
 def apply_model(
     config: TransformerConfig,
     precision: Precision,
@@ -199,10 +232,9 @@ def apply_model(
     tokens: Int[Array, "B T"],
     context: Context = DEPLOYED,
 ) -> Float[Array, "B T V"]:
-    """Logits in the arm's precision; by default as the model is evaluated and used."""
-    rngs = None if context.key is None else {"rounding": context.key}
-    model = Transformer(config, precision)
-    return model.apply({"params": params}, tokens, context.strength, rngs=rngs)  # type: ignore
+    """Logits, float32."""
+    x, head = apply_hidden(config, precision, params, tokens, context)
+    return plain_dot(x, head, precision).astype(jnp.float32)
 
 
 def linear_kernel(path: tuple) -> bool:

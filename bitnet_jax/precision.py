@@ -12,12 +12,11 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from bitnet_jax.carriers import CARRIERS
 from bitnet_jax.errors import ConfigError, choose
 from bitnet_jax.estimators import ESTIMATORS
 from bitnet_jax.granularity import GRANULARITIES, Granularity
 from bitnet_jax.quantize import QUANTIZERS, TOKEN_QUANTIZERS, Quantizer
-
-CARRIERS = ("bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,8 +31,8 @@ class Precision:
       stream, before they are quantized (BitNet v2, arXiv:2504.18415).
     compute_dtype: of unquantized operands, of every product's result and of the backward products.
     loss_scaling: dynamic, as float16's narrow exponent needs.
-    carrier: in what dtype int8 codes enter the forward product. bfloat16 holds them exactly and
-      accumulates in float32, which is exact below 2^24: the result equals the integer product.
+    carrier: in what dtype int8 codes enter the forward product; the choices are equal bit for bit
+      (`carriers.py`).
     """
 
     name: str
@@ -45,7 +44,7 @@ class Precision:
     rotate: bool = False
     compute_dtype: Any = jnp.bfloat16
     loss_scaling: bool = False
-    carrier: str = "bfloat16"
+    carrier: str = "auto"
 
     @property
     def weight_quantizer(self) -> Quantizer:
@@ -88,7 +87,7 @@ PRECISIONS = {
 }
 
 
-def get_precision(name: str, carrier: str = "bfloat16", **changes: Any) -> Precision:
+def get_precision(name: str, carrier: str = "auto", **changes: Any) -> Precision:
     """The arm called `name`, with fields changed; None leaves a field as it is.
 
     What is changed becomes part of the name, as in `ternary+weights=ternary_twn`.

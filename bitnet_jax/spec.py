@@ -60,7 +60,16 @@ class RunSpec:
     @property
     def variant(self) -> str:
         """What differs from the default recipe beside the arm and its rates: `norms=pre,..`."""
-        shape = {"vocab_size", "layers", "width", "ff_width", "heads", "kv_heads", "remat"}
+        shape = {
+            "vocab_size",
+            "layers",
+            "width",
+            "ff_width",
+            "heads",
+            "kv_heads",
+            "remat",
+            "attention",
+        }
         defaults: list[tuple[Any, set[str]]] = [
             (self.step.model, shape),
             (self.step.optimizer, set()),
@@ -90,14 +99,29 @@ class RunSpec:
         """What training the whole run costs: the trunk once and every decay."""
         return total_ticks(self.segments) * self.batch_tokens * self.flops_per_token
 
+    @property
+    def independent_flops(self) -> int:
+        """What the same endpoints would cost as runs of their own, each trained from its start."""
+        return sum(self.ends) * self.batch_tokens * self.flops_per_token
+
     def identity(self) -> dict[str, Any]:
         """Everything that can change the result, as plain JSON values."""
         values = _plain(dataclasses.asdict(self))
-        del values["tags"]
+        del values["tags"], values["step"]["model"]["attention"]
         for precision in (values["step"]["precision"], values["phases"]["late"]):
             if precision:
                 del precision["carrier"]  # its choices are equal bit for bit
         return values
+
+    @property
+    def group(self) -> str:
+        """Equal for runs that one program can train side by side: those that differ in seeds,
+        learning rate and weight decay alone."""
+        values = self.identity()
+        for key in ("seed_init", "seed_data", "peak_lr", "weight_decay"):
+            del values[key]
+        carriers = [arm.carrier for arm in (self.step.precision, self.deployed.precision)]
+        return json.dumps([values, carriers], sort_keys=True)
 
     @property
     def run_id(self) -> str:

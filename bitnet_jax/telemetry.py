@@ -28,13 +28,13 @@ class Snapshots(NamedTuple):
     last: Codes
 
 
-@functools.partial(jax.jit, static_argnames="precision", donate_argnames="snapshots")
+@functools.partial(jax.jit, static_argnames="precision")
 def remember(snapshots: Snapshots, params: dict, precision: Precision) -> Snapshots:
     """Before a step: its codes are the last, and the last the ones before."""
     return Snapshots(snapshots.logged, snapshots.last, latent_codes(params, precision))
 
 
-@functools.partial(jax.jit, static_argnames="precision", donate_argnames="snapshots")
+@functools.partial(jax.jit, static_argnames="precision")
 def observe(
     snapshots: Snapshots, params: dict, precision: Precision
 ) -> tuple[Snapshots, dict[str, dict[str, Float[Array, "L"]]]]:

@@ -12,9 +12,9 @@ from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax import loss as losses
 from bitnet_jax import optim
-from bitnet_jax.latents import latent_codes
+from bitnet_jax.latents import known_codes, latent_codes
 from bitnet_jax.matmul import DEPLOYED, Context
-from bitnet_jax.model import TransformerConfig, apply_model, init_params, linear_kernel
+from bitnet_jax.model import TransformerConfig, apply_hidden, init_params, linear_kernel
 from bitnet_jax.precision import Precision
 from bitnet_jax.regularizers import regularizer
 from bitnet_jax.telemetry import Snapshots
@@ -156,13 +156,17 @@ def _gradients(
 ) -> tuple[dict[str, Float[Array, ""]], dict]:
     """Mean losses and gradients over the batch, accumulated in float32 over equal microbatches."""
 
+    arm, codes = config.precision, None
+    if config.microbatches > 1 and arm.quantized and arm.estimator != "stochastic":
+        codes = known_codes(params, arm)  # once for all microbatches
+
     def scaled_loss(params, tokens):
-        logits = apply_model(config.model, config.precision, params, tokens[:, :-1], context)
-        nats, log_z = losses.cross_entropy(logits, tokens[:, 1:])
+        hidden = apply_hidden(config.model, arm, params, tokens[:, :-1], context, codes)
+        nats, log_z = losses.head_cross_entropy(*hidden, tokens[:, 1:], arm)
         parts = {"loss": nats.mean()}
         total = parts["loss"] + config.z_loss * losses.z_loss(log_z)
         if config.regularizer != "none":
-            parts["regularizer"] = regularizer(config.regularizer, params, config.precision)
+            parts["regularizer"] = regularizer(config.regularizer, params, arm)
             total += config.regularizer_weight * parts["regularizer"]
         return total * loss_scale, parts
 
@@ -193,23 +197,26 @@ def _next_loss_scale(
 
 def eval_step(config: StepConfig, params: dict, tokens: Int[Array, "B T1"]) -> Float[Array, "B"]:
     """Mean nats a token of each row of tokens [B, T+1], fully quantized, rounded to nearest."""
-    logits = apply_model(config.model, config.precision, params, tokens[:, :-1], DEPLOYED)
-    return losses.cross_entropy(logits, tokens[:, 1:])[0].mean(axis=-1)
+    hidden = apply_hidden(config.model, config.precision, params, tokens[:, :-1], DEPLOYED)
+    return losses.head_cross_entropy(*hidden, tokens[:, 1:], config.precision)[0].mean(axis=-1)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def compiled_train_step(config: StepConfig) -> Callable:
-    """`train_step` under jit with its state donated; one program for all runs of this config."""
+    """`train_step` under jit with its state donated: for a single step of a single run.
+
+    The training loop uses `programs.py`.
+    """
     return jax.jit(functools.partial(train_step, config), donate_argnums=0)
 
 
-@functools.cache
+@functools.lru_cache(16)
 def compiled_eval_step(config: StepConfig) -> Callable:
     """`eval_step` under jit."""
     return jax.jit(functools.partial(eval_step, config))
 
 
-@functools.cache
+@functools.lru_cache(16)
 def compiled_init(config: StepConfig) -> Callable:
     """`init_state` under jit, the seed traced."""
     return jax.jit(functools.partial(init_state, config))

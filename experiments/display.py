@@ -5,7 +5,7 @@ On a terminal, a live bar for the run and one for the sweep; in a pipe, plain li
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -70,6 +70,12 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
         f"{duration(todo / flops_per_s)} and compilation, at {count(flops_per_s)} FLOP/s "
         f"({rate_source})"
     )
+    if any(len(run.spec.ends) > 1 for run in plan.runs):
+        independent = sum(run.spec.independent_flops for run in plan.runs)
+        screen.print(
+            f"branches share their trunks: {total / independent:.2f} of the {count(independent)} "
+            "FLOPs that a run for each endpoint would cost"
+        )
     screen.print(f"results would go to {plan.directory}", soft_wrap=True)
 
 
@@ -111,14 +117,13 @@ class SweepDisplay:
             yield
         self._bars = None
 
-    def start(self, index: int, run: PlannedRun) -> None:
-        """A run begins."""
-        self._run, self._index, self._run_began = run, index, time.monotonic()
+    def start(self, group: Sequence[PlannedRun]) -> None:
+        """Runs begin that train side by side; often a single one."""
+        self._group, self._run_began = group, time.monotonic()
         self._first: tuple[int, float] | None = None  # where this launch's rate is counted from
         if self._bars:
-            name = (
-                f"[{index}/{len(self._plan.runs)}] {run.spec.size} {run.spec.step.precision.name}"
-            )
+            spec = group[0].spec
+            name = f"{self._number(group[0])} {spec.size} {spec.step.precision.name}{self._more}"
             self._bars.update(
                 self._run_bar, description=name, completed=0, text="compiling", visible=True
             )
@@ -129,7 +134,7 @@ class SweepDisplay:
         self._first = self._first or (report.tick, now)
         ticks, seconds = report.tick - self._first[0], now - self._first[1]
         left = (report.total_ticks - report.tick) * seconds / ticks if ticks else None
-        done = self._done + share * self._run.spec.total_flops
+        done = self._done + share * sum(run.spec.total_flops for run in self._group)
         sweep_left = (self._todo - done) * (now - self._began) / done if done else None
         text = self._numbers(report, left)
         if self._bars:
@@ -139,7 +144,7 @@ class SweepDisplay:
         elif now - self._last_line > 10:
             self._last_line = now
             self._screen.print(
-                f"  [{self._index}/{len(self._plan.runs)}] {self._run.spec.run_id}  "
+                f"  {self._number(self._group[0])} {self._group[0].spec.run_id}{self._more}  "
                 f"{share:4.0%}  {text}, sweep {_left(sweep_left)}",
                 soft_wrap=True,
                 markup=False,
@@ -155,8 +160,16 @@ class SweepDisplay:
         """A run ended; leave a line of it."""
         self._done += run.spec.total_flops
         took = duration(time.monotonic() - self._run_began)
-        line = f"[{self._index}/{len(self._plan.runs)}] {run.spec.run_id}  {text}  ({took})"
+        line = f"{self._number(run)} {run.spec.run_id}  {text}  ({took})"
         self._screen.print(line, soft_wrap=True, markup=False)
+
+    def _number(self, run: PlannedRun) -> str:
+        return f"[{self._plan.runs.index(run) + 1}/{len(self._plan.runs)}]"
+
+    @property
+    def _more(self) -> str:
+        others = len(self._group) - 1
+        return f" and {others} more" if others else ""
 
 
 def _left(seconds: float | None) -> str:

@@ -28,7 +28,7 @@ from absl import logging as absl_logging
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_jax import data
+from bitnet_jax import data, programs
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
@@ -73,6 +73,7 @@ def _run(argv: list[str]) -> int:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
     _make_writable(plan.directory)
+    programs.keep_programs(Path(flags.workdir) / "programs")
     command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
     return _train(plan, screen, flags.sweep, command)
 

@@ -2,8 +2,9 @@
 
     python -m experiments.run --sweep --config=sweeps/isoflop.py:size=800k
 
-`size` names the largest of the five sizes. The budgets are multiples of what the middle size costs
-at 20 tokens a parameter; each size reaches each budget on a branch of its one trunk.
+`size` names the largest of the five sizes. The four budgets are multiples of what the middle size
+costs at 20 tokens a parameter, each about 1.6 times the one before. Each size reaches each budget
+on a branch of its one trunk, for .55 of the FLOPs that a run for each budget would cost.
 """
 
 from ml_collections import ConfigDict
@@ -34,7 +35,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     c.name = f"isoflop-{largest}"
     c.sweep.sizes = tuple(sizes)
     c.sweep.precisions = ("ternary", "fp16")
-    c.sweep.budgets = (0.5, 1.0, 2.0)  # of the middle size at 20 tokens a parameter
+    c.sweep.budgets = (0.5, 0.8, 1.25, 2.0)  # of the middle size at 20 tokens a parameter
     c.sweep.vocab_size = 256  # of the corpus, for the FLOPs of the head
     return c
 

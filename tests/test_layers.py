@@ -29,7 +29,7 @@ NORMAL = jax.nn.initializers.normal()
 @pytest.mark.parametrize("arm", ["ternary", "fp16"])
 def test_bit_linear_is_the_quantized_product_of_a_float32_master(arm):
     precision, x = get_precision(arm), gaussian(2, 5, 12)
-    layer = BitLinear(7, precision, NORMAL)
+    layer = BitLinear(12, 7, precision, NORMAL)
     params = jit(layer.init)(jax.random.key(0), x)["params"]
     assert {name: (p.shape, p.dtype) for name, p in params.items()} == {
         "kernel": ((12, 7), jnp.float32)  # and no bias
@@ -43,7 +43,7 @@ def test_bit_linear_normalises_then_rotates_then_quantizes(arm):
     """Its norm's scales are not all 1, so that norm and rotation do not commute."""
     precision = get_precision(arm, rotate=True)
     x, scale = 3 * gaussian(2, 5, 12), np.linspace(0.2, 2, 12, dtype=np.float32)
-    layer = BitLinear(7, precision, NORMAL, residual=True, norm_epsilon=1e-2)
+    layer = BitLinear(12, 7, precision, NORMAL, residual=True, norm_epsilon=1e-2)
     shapes = jax.eval_shape(layer.init, jax.random.key(0), x)["params"]
     assert shapes["norm"]["scale"].shape == (12,) and set(shapes) == {"kernel", "norm"}
     params = {"kernel": gaussian(12, 7, seed=1), "norm": {"scale": scale}}
@@ -60,7 +60,7 @@ def test_only_layers_that_add_to_the_residual_stream_rotate_and_only_where_the_a
     x, params = gaussian(2, 5, 12), {"kernel": gaussian(12, 7, seed=1)}
 
     def output(rotate, residual):
-        layer = BitLinear(7, get_precision("fp32", rotate=rotate), NORMAL, residual)
+        layer = BitLinear(12, 7, get_precision("fp32", rotate=rotate), NORMAL, residual)
         return np.asarray(jit(layer.apply)({"params": params}, x))
 
     plain = output(False, False)
@@ -77,7 +77,7 @@ def test_a_learned_step_starts_where_its_rule_says_and_is_what_the_product_uses(
 ):
     """LSQ: 2 mean|w| of every block that shares a step."""
     precision = get_precision("ternary", weights="ternary_lsq", granularity=Granularity(kind, size))
-    layer, x = BitLinear(6, precision, NORMAL, residual), gaussian(3, 12)
+    layer, x = BitLinear(12, 6, precision, NORMAL, residual), gaussian(3, 12)
     params = jit(layer.init)(jax.random.key(0), x)["params"]
     w = np.abs(np.asarray(params["kernel"], np.float64))
     expected = {
@@ -102,7 +102,7 @@ def test_a_learned_step_starts_where_its_rule_says_and_is_what_the_product_uses(
 
 def test_strength_and_noise_reach_the_product():
     arm = dataclasses.replace(get_precision("ternary", estimator="stochastic"), name="drawing")
-    layer, x, params = BitLinear(7, arm, NORMAL), gaussian(3, 12), {"kernel": gaussian(12, 7)}
+    layer, x, params = BitLinear(12, 7, arm, NORMAL), gaussian(3, 12), {"kernel": gaussian(12, 7)}
     run = jit(lambda s, rngs: layer.apply({"params": params}, x, s, rngs=rngs))
     half = jnp.float32(0.5)
     weaker = product(x, params["kernel"], None, Context(half), arm)
@@ -139,8 +139,9 @@ def test_rotary_angles_known_values():
     """H = 4, theta = 100: frequencies 1 and 1/10 radians a position."""
     cos, sin = rotary_angles(3, 4, 100.0)
     angles = np.array([[0, 0], [1, 0.1], [2, 0.2]])
-    np.testing.assert_allclose(cos, np.cos(angles), rtol=1e-6)
-    np.testing.assert_allclose(sin, np.sin(angles), rtol=1e-6)
+    for half, sign in ((0, -1), (1, 1)):
+        np.testing.assert_allclose(cos[:, half], np.cos(angles), rtol=1e-6)
+        np.testing.assert_allclose(sin[:, half], sign * np.sin(angles), rtol=1e-6)
     assert cos.dtype == sin.dtype == np.float32
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.errors import ConfigError
+from experiments import display
 from experiments.plan import first_line, load_config, load_points, make_plan
 from sweeps.grid import axis, product
 
@@ -137,3 +138,28 @@ def test_points_of_a_config_file_with_an_argument():
     config = load_config(path)
     assert {point["model.size"] for point in load_points(path, config)} == set(config.sweep.sizes)
     assert "800k" in config.sweep.sizes
+
+
+def test_the_plan_tells_what_branches_save(plan_of, capsys):
+    """Only where some run has several endpoints; tiny runs of 44 and 40 steps for 60 and 40."""
+    one, two = {"train.tokens": (5120,), "seed": 1}, {"seed": 2}
+
+    def shown(*points):
+        display.show_plan(display.console(), plan_of(list(points)), 1e9, "a guess")
+        lines = capsys.readouterr().out.splitlines()
+        found = [line for line in lines if line.startswith("branches share")]
+        return [line for line in lines if line.startswith("total")], found
+
+    total, branches = shown(one)
+    assert branches == [] and total[0].startswith("total 212M FLOPs, still to do 212M: ")
+    _, branches = shown(two)
+    right = "0.73 of the 319M FLOPs that a run for each endpoint would cost"
+    assert branches == [f"branches share their trunks: {right}"]
+    total, (branches,) = shown(one, two)
+    assert total[0].startswith("total 446M FLOPs, still to do 446M: ")
+    assert "0.84 of the 531M FLOPs" in branches
+    (run,) = plan_of([one]).runs
+    run.directory.mkdir(parents=True)
+    (run.directory / "summary.json").write_text("{}")
+    total, (again,) = shown(one, two)
+    assert "still to do 234M: " in total[0] and again == branches, "of the whole plan, done or not"

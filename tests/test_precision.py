@@ -90,8 +90,8 @@ def test_a_changed_arm_says_what_changed(arm, changes, name):
 
 def test_the_carrier_is_all_that_it_changes():
     arm = get_precision("ternary", carrier="int8")
-    assert arm.carrier == "int8" and get_precision("ternary").carrier == "bfloat16"
-    assert dataclasses.replace(arm, carrier="bfloat16") == get_precision("ternary")
+    assert arm.carrier == "int8" and get_precision("ternary").carrier == "auto"
+    assert dataclasses.replace(arm, carrier="auto") == get_precision("ternary")
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_draws_random_numbers(changes, stochastic):
     "arguments, key, value, known",
     [
         ({"name": "fp8"}, "precision", "fp8", PRECISIONS),
-        ({"carrier": "int4"}, "matmul.carrier", "int4", ("bfloat16", "int8")),
+        ({"carrier": "int4"}, "matmul.carrier", "int4", ("auto", "bfloat16", "int8")),
         ({"weights": "trits"}, "quantization.weights", "trits", QUANTIZERS),
         ({"activations": "int5"}, "quantization.activations", "int5", QUANTIZERS),
         ({"estimator": "tanh"}, "quantization.estimator", "tanh", ESTIMATORS),

@@ -17,7 +17,7 @@ INF, NAN = float("inf"), float("nan")
 # Overrides, the key that the message names, and a part of what it says would be right.
 BAD = [
     ({"precision": "fp17"}, "precision='fp17'", "choose from ternary, binary, fp16, bf16, fp32"),
-    ({"matmul.carrier": "int4"}, "matmul.carrier='int4'", "bfloat16, int8"),
+    ({"matmul.carrier": "int4"}, "matmul.carrier='int4'", "auto, bfloat16, int8"),
     ({"model.size": "5k"}, "model.size='5k'", "choose from 27k"),
     ({"model.width": 18, "model.heads": 4}, "model.width=18", "divide by model.heads=4"),
     ({"model.width": 6}, "model.width=6", "must be even"),

@@ -13,9 +13,9 @@ import pandas as pd
 import pytest
 from test_collect import CONTRACT
 
-from bitnet_jax import train
+from bitnet_jax import programs
 from bitnet_jax.data import prepare
-from bitnet_jax.train_step import compiled_train_step
+from bitnet_jax.programs import compiled_steps
 from experiments import display
 from experiments.launch import local
 from experiments.run import main
@@ -59,13 +59,13 @@ def single(tiny_overrides):
 def trained(monkeypatch):
     """The run ids that are trained from here on."""
     ids = []
-    original = local.train_and_evaluate
+    original = local.train_group
 
-    def spy(spec, *args, **kwargs):
-        ids.append(spec.run_id)
-        return original(spec, *args, **kwargs)
+    def spy(jobs, *args, **kwargs):
+        ids.extend(job.spec.run_id for job in jobs)
+        return original(jobs, *args, **kwargs)
 
-    monkeypatch.setattr(local, "train_and_evaluate", spy)
+    monkeypatch.setattr(local, "train_group", spy)
     return ids
 
 
@@ -317,13 +317,13 @@ def test_a_failing_run_does_not_stop_the_others(
     workdir, _ = finished
     arguments = ("--sweep", f"--config={sweep_file}", f"--workdir={tmp_path}")
 
-    def compiled(config):
+    def compiled(config, *shape):
         if config.precision.quantized:
             raise RuntimeError("no kernel\nfor this")
-        return compiled_train_step(config)
+        return compiled_steps(config, *shape)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train, "compiled_train_step", compiled)
+        patch.setattr(programs, "compiled_steps", compiled)
         assert run(*arguments) == 1
     out = capsys.readouterr().out
     assert "FAILED: no kernel;" in out and "failure.txt" in out
@@ -373,7 +373,7 @@ def test_the_default_sweep_is_the_quickstart(tiny_corpus_path, tmp_path, capsys)
 
 def test_stop_request_and_dry_run_of_an_interrupted_run(single, tmp_path, monkeypatch, capsys):
     """A signal during the run: 143 for SIGTERM, and the next launch goes on."""
-    original = local.train_and_evaluate
+    original = local.train_group
 
     def interrupted(*args, **kwargs):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -382,7 +382,7 @@ def test_stop_request_and_dry_run_of_an_interrupted_run(single, tmp_path, monkey
     handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     arguments = (*single, f"--workdir={tmp_path}")
     with monkeypatch.context() as patch:
-        patch.setattr(local, "train_and_evaluate", interrupted)
+        patch.setattr(local, "train_group", interrupted)
         assert run(*arguments) == 143
     assert {s: signal.getsignal(s) for s in handlers} == handlers, "as they were before"
     assert "To go on, give the same command again" in capsys.readouterr().out

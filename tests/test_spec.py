@@ -20,6 +20,9 @@ SAME = [
     {"checkpoint.keep_model": False},
     {"tracking.wandb": "online"},
     {"tracking.project": "other"},
+    {"launch.group": 8},
+    {"launch.dispatch": 4},
+    {"launch.resident_bytes": 0},
     {"name": "other"},
     {"seeds.init": 0},  # what it is without being said
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},
@@ -145,9 +148,17 @@ def test_every_key_is_accounted_for(tiny_config):
     elsewhere = {
         "data.source",  # by the tokens' hash: test_data_by_content
         "model.heads",  # with a size of its own
+        "model.attention",  # of a GPU: test_attention_s_implementation_is_no_part_of_a_run
     }
     keys = set(flatten(tiny_config().to_dict()))
     assert keys - listed - elsewhere == set()
+
+
+def test_attention_s_implementation_is_no_part_of_a_run(spec_of):
+    spec = spec_of({})
+    model = dataclasses.replace(spec.step.model, attention="cudnn")
+    other = dataclasses.replace(spec, step=dataclasses.replace(spec.step, model=model))
+    assert (other.run_id, other.variant) == (spec.run_id, spec.variant)
 
 
 def flatten(tree, prefix=""):
@@ -242,3 +253,20 @@ def test_costs(spec_of):
     assert spec.total_flops == 44 * 128 * spec.flops_per_token
     alone = spec_of({"train.tokens": (5120,)})
     assert alone.total_flops == 40 * 128 * spec.flops_per_token
+
+
+def test_costs_by_hand(spec_of):
+    """Tiny: 1 layer, width 16, ff 32, two heads of 8 on one key-value head, 16 tokens of 256."""
+    linear = 2 * (16 * 16 + 2 * 16 * 8 + 16 * 16 + 3 * 16 * 32)  # q, k and v, out, MLP
+    attention, head = 4 * 16 * 16, 2 * 16 * 256
+    token = 3 * (linear + attention + head)
+    spec = spec_of()
+    assert spec.flops_per_token == token == 41472
+    assert spec.total_flops == (16 + 4 + 16 + 8) * 128 * token == 233_570_304
+    assert spec.independent_flops == (20 + 40) * 128 * token == 318_504_960
+    three = spec_of({"train.tokens": (1280, 2560, 5120)})  # 10, 20 and 40 steps
+    assert three.independent_flops == 70 * 128 * token
+    alone = spec_of({"train.tokens": (5120,)})
+    assert alone.independent_flops == alone.total_flops == 40 * 128 * token
+    cosine = spec_of({"train.tokens": (5120,), "schedule.name": "cosine"})
+    assert cosine.independent_flops == cosine.total_flops == alone.total_flops

@@ -1,9 +1,11 @@
 """Combinators of sweeps, and every sweep file of the project against the tiny corpus."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
+from bitnet_jax import ladder
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
 from experiments.plan import load_config, load_points, make_plan
@@ -198,3 +200,83 @@ def test_seeds_differ_in_nothing_else(tiny_corpus, tmp_path):
         assert len({spec.seed_init for spec in specs}) == len(specs) >= 5
         assert all(spec.seed_init == spec.seed_data for spec in specs)
         assert len({(spec.step, spec.ends, spec.peak_lr) for spec in specs}) == 1
+
+
+def kind_of(spec):
+    return dict(spec.tags)["kind"]
+
+
+def test_branching_runs_each_endpoint_three_ways(tiny_corpus, tmp_path):
+    """Of one arm and seed: the trunk, and runs of their own that differ in ends and warm-up."""
+    config, plan = plan_of("branching", tiny_corpus, tmp_path)
+    assert (config.name, config.model.size) == ("branching", "95k")
+    groups = {}
+    for run in plan.runs:
+        key = run.spec.step.precision.name, run.spec.seed_init
+        groups.setdefault(key, []).append(run.spec)
+    assert set(groups) == {(arm, seed) for arm in ("ternary", "fp16") for seed in (0, 1, 2)}
+    for specs in groups.values():
+        (trunk,) = [spec for spec in specs if kind_of(spec) == "branched"]
+        assert trunk.ends == (195, 391, 781) and trunk.schedule.warmup_steps == 20
+        ways = {
+            kind: [(s.ends, s.schedule.warmup_steps) for s in specs if kind_of(s) == kind]
+            for kind in ("same", "own")
+        }
+        assert ways == {
+            "same": [((195,), 20), ((391,), 20), ((781,), 20)],
+            "own": [((391,), 39), ((781,), 78)],
+        }
+        for spec in specs:
+            assert dict(spec.tags)["decay_fraction"] == "0.2"
+            as_trunk = {"ends": trunk.ends, "schedule": trunk.schedule, "tags": trunk.tags}
+            assert dataclasses.replace(spec, **as_trunk) == trunk
+
+
+def test_branching_of_other_sizes_and_budgets(tiny_corpus, tmp_path):
+    """Whatever rounds: `same` has the trunk's warm-up, and no run is planned twice."""
+    config, plan = plan_of("branching", tiny_corpus, tmp_path, "size=27k")
+    assert config.model.size == "27k" and plan.runs[0].spec.size == "27k"
+    config.sweep.budgets = (77_000, 77_800, 800_000)  # 75, 76 and 781 steps
+    config.schedule.decay_fraction = 0.3
+    points = load_points(str(FOLDER / "branching.py"), config)
+    specs = [run.spec for run in make_plan(config, points, tiny_corpus, tmp_path).runs]
+    assert len(specs) == 6 * (1 + 3 + 1), "a tenth of 75 and of 76 steps are 8 steps"
+    for spec in specs:
+        assert spec.schedule.warmup_steps == (78 if kind_of(spec) == "own" else 8)
+        assert dict(spec.tags)["decay_fraction"] == "0.3"
+
+
+@pytest.mark.parametrize(
+    "axes",
+    [
+        {"budgets": (200_000,)},
+        {"budgets": ()},
+        {"warmup_fraction": 0.0},
+        {"budgets": (200_000, 201_000)},  # 195 and 196 steps
+    ],
+    ids=str,
+)
+def test_branching_needs_warm_ups_that_differ(axes):
+    config = load_config(str(FOLDER / "branching.py"))
+    config.sweep.update(axes)
+    with pytest.raises(ConfigError, match=r"^sweep\.budgets=.*warm-ups differ"):
+        load_points(str(FOLDER / "branching.py"), config)
+
+
+def test_branching_of_a_size_that_is_not():
+    with pytest.raises(ConfigError, match="choose from 27k"):
+        load_config(f"{FOLDER / 'branching.py'}:size=5k")
+
+
+LARGEST = [name for i, name in enumerate(ladder.LADDER) if i >= 3]
+
+
+@pytest.mark.parametrize("size", LARGEST)
+def test_isoflop_branches_save_two_fifths(tiny_corpus, tmp_path, size):
+    """FLOPs of the sweep over those of a run for each endpoint: the goal is .6 at every size."""
+    _, plan = plan_of("isoflop", tiny_corpus, tmp_path, f"size={size}")
+    specs = [run.spec for run in plan.runs]
+    ratio = sum(s.total_flops for s in specs) / sum(s.independent_flops for s in specs)
+    assert all(len(spec.ends) == 4 for spec in specs)
+    assert ratio <= 0.6
+    assert ratio == pytest.approx((0.8 * 2 + 0.2 * 4.55) / 4.55, abs=0.002)

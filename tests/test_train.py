@@ -13,13 +13,15 @@ import numpy as np
 import pytest
 from test_train_step import STOCHASTIC
 
-from bitnet_jax import train as module
+from bitnet_jax import programs
 from bitnet_jax.checkpoint import Checkpointer, load_model
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import train_batches, validation_rows
 from bitnet_jax.gradient_check import estimator_cosine
+from bitnet_jax.member import SKIPS_TO_DIVERGE
 from bitnet_jax.model import linear_layers
-from bitnet_jax.train import SKIPS_TO_DIVERGE, Interrupted, train_and_evaluate
+from bitnet_jax.programs import compiled_steps
+from bitnet_jax.train import Interrupted, train_and_evaluate
 from bitnet_jax.train_step import compiled_eval_step, compiled_init, compiled_train_step
 
 # The tiny run: trunk [0, 16), decay [16, 20), trunk [16, 32), decay [32, 40). In ticks:
@@ -430,8 +432,8 @@ def poison(monkeypatch):
     def install(ticks, lasting=False):
         calls = iter(range(10**6))
 
-        def compiled(config):
-            step = compiled_train_step(config)
+        def compiled(*program):
+            step = compiled_steps(*program)
 
             def poisoned(state, *rest):
                 if next(calls) not in ticks:
@@ -443,7 +445,7 @@ def poison(monkeypatch):
 
             return poisoned
 
-        monkeypatch.setattr(module, "compiled_train_step", compiled)
+        monkeypatch.setattr(programs, "compiled_steps", compiled)
 
     return install
 

@@ -11,7 +11,7 @@ import pytest
 from bitnet_jax import regularizers
 from bitnet_jax import train_step as module
 from bitnet_jax.configs.resolve import resolve
-from bitnet_jax.model import Transformer, linear_layers
+from bitnet_jax.model import apply_model, linear_layers
 from bitnet_jax.train_step import (
     LOSS_SCALE_GROWTH_INTERVAL,
     compiled_eval_step,
@@ -58,8 +58,8 @@ def gradients(config, state, metrics):
 
 
 def logits_of(config, params, tokens):
-    model = Transformer(config.model, config.precision)
-    return np.asarray(jax.jit(model.apply)({"params": params}, tokens[:, :-1]), np.float64)
+    logits = jax.jit(apply_model, static_argnums=(0, 1))
+    return np.asarray(logits(config.model, config.precision, params, tokens[:, :-1]), np.float64)
 
 
 def assert_bitwise_equal(a, b):

@@ -31,6 +31,7 @@ def get_config() -> ConfigDict:
     c.model.tied_embeddings = True  # head = embedding transposed
     c.model.rope_theta = 500_000.0  # base of the rotary frequencies
     c.model.norm_epsilon = 1e-5  # inside every RMSNorm
+    c.model.attention = "blocks"  # how it is computed: blocks, cudnn (NVIDIA GPUs, 16 bits)
     c.model.remat = False  # recompute each block in the backward pass: less memory, more time
 
     c.quantization = ConfigDict()  # changes to the arm; without a value, the arm's own
@@ -48,7 +49,7 @@ def get_config() -> ConfigDict:
     c.quantization.late_fraction = 0.05  # of each budget, at its end
 
     c.matmul = ConfigDict()
-    c.matmul.carrier = "bfloat16"  # dtype that carries int8 codes forward; int8 gives equal results
+    c.matmul.carrier = "auto"  # of int8 codes, forward: bfloat16, int8 or the faster; equal results
 
     c.data = ConfigDict()
     c.data.source = "wikitext-2"  # wikitext-2, synthetic, or a directory that `prepare` wrote
@@ -96,6 +97,15 @@ def get_config() -> ConfigDict:
     c.checkpoint = ConfigDict()
     c.checkpoint.seconds = 60.0  # between checkpoints
     c.checkpoint.keep_model = True  # the last endpoint's parameters, in the run's model/
+
+    c.launch = ConfigDict()  # how runs are laid on the machine
+    c.launch.group = config_dict.placeholder(
+        int
+    )  # runs of a shape and arm trained as one program; default: 1 on a CPU, else 8 a device
+    c.launch.dispatch = config_dict.placeholder(
+        int
+    )  # optimizer steps a call of the compiled program; default: 1 on a CPU, else 16
+    c.launch.resident_bytes = 2**30  # token files up to this size are put on the device
 
     c.tracking = ConfigDict()
     c.tracking.wandb = config_dict.placeholder(

@@ -7,13 +7,16 @@ import dataclasses
 import hashlib
 import math
 
+import jax
 from ml_collections import ConfigDict
 
 from bitnet_jax import cost, ladder
+from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.configs import arms
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import choose, require
 from bitnet_jax.initializers import INITIALIZERS
+from bitnet_jax.member import LoopOptions
 from bitnet_jax.model import ACTIVATIONS, NORMS, TransformerConfig
 from bitnet_jax.optim import (
     LATENTS,
@@ -23,8 +26,8 @@ from bitnet_jax.optim import (
     Schedule,
     tuned_peak_lr,
 )
+from bitnet_jax.precision import Precision
 from bitnet_jax.spec import DataSpec, RunSpec
-from bitnet_jax.train import LoopOptions
 from bitnet_jax.train_step import StepConfig
 
 
@@ -37,6 +40,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
     _check_finite(config)
     model = _model(config, corpus.vocab_size)
     precision = arms.resolve_precision(config, model)
+    _check_attention(model, precision)
     batch_size = _batch_size(config)
     ends = _ends(config)
     schedule = _schedule(config, ends)
@@ -102,6 +106,8 @@ def loop_options(config: ConfigDict) -> LoopOptions:
         sample,
         "0 for none, or 2 to 4096: each weight costs two forward passes",
     )
+    resident = config.launch.resident_bytes
+    require(resident >= 0, "launch.resident_bytes", resident, "it must not be negative")
     modes = (None, "online", "offline", "disabled")
     wandb = config.tracking.wandb
     require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
@@ -112,9 +118,28 @@ def loop_options(config: ConfigDict) -> LoopOptions:
         log_layers=config.log.layers,
         gradient_sample=config.log.gradient_sample,
         keep_model=config.checkpoint.keep_model,
+        dispatch=_launch(config, "dispatch", on_cpu=1, elsewhere=16),
+        resident_bytes=config.launch.resident_bytes,
         wandb_mode=wandb,
         wandb_project=config.tracking.project,
     )
+
+
+def group_size(config: ConfigDict) -> int:
+    """How many runs of one shape and arm may train as one program.
+
+    Raises:
+      ConfigError: fewer than one.
+    """
+    return _launch(config, "group", on_cpu=1, elsewhere=8 * jax.device_count())
+
+
+def _launch(config: ConfigDict, name: str, on_cpu: int, elsewhere: int) -> int:
+    value = config.launch[name]
+    if value is None:
+        return on_cpu if jax.default_backend() == "cpu" else elsewhere
+    require(value >= 1, f"launch.{name}", value, "it must be at least 1")
+    return value
 
 
 def _check_finite(config: ConfigDict, prefix: str = "") -> None:
@@ -155,6 +180,7 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     choose("model.activation", m.activation, ACTIVATIONS)
     choose("model.norms", m.norms, NORMS)
     choose("model.init", m.init, INITIALIZERS)
+    choose("model.attention", m.attention, IMPLEMENTATIONS)
     require(m.norm_epsilon > 0, "model.norm_epsilon", m.norm_epsilon, "it must be positive")
     require(m.rope_theta > 1, "model.rope_theta", m.rope_theta, "it must be above 1")
     return TransformerConfig(
@@ -167,8 +193,20 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
         rope_theta=m.rope_theta,
         norm_epsilon=m.norm_epsilon,
         remat=m.remat,
+        attention=m.attention,
         **shape,
     )
+
+
+def _check_attention(model: TransformerConfig, precision: Precision) -> None:
+    possible = (
+        jax.default_backend() == "gpu"
+        and precision.float_bits == 16
+        and model.head_size % 8 == 0
+        and model.head_size <= 128
+    )
+    right = "it needs an NVIDIA GPU, a 16-bit arm and heads of up to 128 in multiples of 8"
+    require(model.attention != "cudnn" or possible, "model.attention", model.attention, right)
 
 
 def _batch_size(config: ConfigDict) -> int:

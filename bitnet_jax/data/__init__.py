@@ -8,6 +8,7 @@ What a user can get wrong raises `DataError`, whose message is one line.
 """
 
 from bitnet_jax.data.batches import (
+    RowReader,
     TrainBatches,
     train_batches,
     validation_positions,
@@ -24,6 +25,7 @@ __all__ = [
     "BUILT_IN",
     "Corpus",
     "DataError",
+    "RowReader",
     "SyntheticLanguage",
     "TrainBatches",
     "load",

@@ -6,7 +6,10 @@ next, so that every token but the first is a target exactly once.
 
 from __future__ import annotations
 
+from typing import Any
+
 import grain
+import jax
 import numpy as np
 from jaxtyping import Int32, Int64, Integer
 
@@ -37,15 +40,43 @@ class TrainBatches:
         self._order = grain.MapDataset.range(self.rows_per_epoch).shuffle(grain_seed).repeat()
 
     def __getitem__(self, step: int) -> Int32[np.ndarray, "B T+1"]:
+        return _gather(self._tokens, self.starts(step, 1)[0], self.sequence_length)
+
+    def starts(self, step: int, steps: int) -> Int64[np.ndarray, "steps B"]:
+        """Where the rows of the batches of steps [step, step + steps) begin in the tokens."""
         if step < 0:
             raise IndexError(f"step {step}: batches are numbered from 0")
         first = step * self.batch_size
-        rows = np.array([self._order[i] for i in range(first, first + self.batch_size)])
-        return _gather(self._tokens, rows * self.sequence_length, self.sequence_length)
+        rows = [self._order[i] for i in range(first, first + steps * self.batch_size)]
+        return np.array(rows, np.int64).reshape(steps, -1) * self.sequence_length
 
     def unique_tokens(self, step: int) -> int:
         """Target tokens seen in `step` batches, each counted once."""
         return min(step * self.batch_size, self.rows_per_epoch) * self.sequence_length
+
+
+class RowReader:
+    """Rows of tokens as a program reads them: an array of tokens, and where its rows begin.
+
+    Token files of up to `resident_bytes` are put on the device once, and only where rows begin is
+    sent after that. Of larger ones, the rows of each call are gathered here and sent.
+    """
+
+    def __init__(
+        self, tokens: Integer[np.ndarray, " tokens"], sequence_length: int, resident_bytes: int
+    ):
+        self.resident = tokens.nbytes <= resident_bytes
+        self._tokens = jax.device_put(np.asarray(tokens)) if self.resident else tokens
+        self._sequence_length = sequence_length
+
+    def __call__(self, starts: Int64[np.ndarray, "*B"]) -> tuple[Any, Int32[np.ndarray, "*B"]]:
+        """Tokens, and where the rows at `starts` of the file begin in them."""
+        if self.resident:
+            return self._tokens, starts.astype(np.int32)
+        length = self._sequence_length + 1
+        rows = self._tokens[starts.reshape(-1, 1) + np.arange(length)]
+        begins = np.arange(starts.size, dtype=np.int32) * length
+        return rows.reshape(-1), begins.reshape(starts.shape)
 
 
 def train_batches(

@@ -1,19 +1,21 @@
-"""Train a plan's runs one after another in this process.
+"""Train a plan's runs in this process: groups of one shape and arm, one group after another.
 
-A CPU trains small models no faster side by side; one long-lived process compiles each shape and arm
-once and serves every run of it.
+An accelerator trains the small models of a group side by side, as one program. A CPU trains them no
+faster so: there a group is a single run. Either way one long-lived process compiles each shape and
+arm once and serves every run of it.
 """
 
 import signal
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import FrameType
 from typing import Any
 
-from bitnet_jax.configs.resolve import loop_options
+from bitnet_jax.configs.resolve import group_size, loop_options
+from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
-from bitnet_jax.train import Interrupted, train_and_evaluate
+from bitnet_jax.train import Interrupted, train_group
 from experiments.display import SweepDisplay
 from experiments.plan import Plan, PlannedRun, first_line
 
@@ -47,7 +49,7 @@ class StopRequest:
 def train_all(
     plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train what is not finished. One run's failure does not stop the next.
+    """Train what is not finished. A failure does not stop the groups that follow.
 
     Returns rows of the runs that failed, by run id.
 
@@ -55,32 +57,50 @@ def train_all(
       Interrupted: should_stop said so; the plan goes on from there when launched again.
     """
     failures = {}
-    for index, run in enumerate(plan.runs, start=1):
-        display.start(index, run)
-        if run.finished:
-            continue
+    for group in grouped(plan.runs):
+        display.start(group)
         try:
-            summary = _train(plan, run, display, should_stop)
+            summaries = _train(plan, group, display, should_stop)
         except (Interrupted, KeyboardInterrupt):
             raise
         except Exception as error:
-            (run.directory / "failure.txt").write_text(traceback.format_exc())
-            display.finish(run, f"FAILED: {first_line(error)}; see {run.directory / 'failure.txt'}")
-            failures[run.spec.run_id] = _failed_rows(run)
+            for run in group:
+                path = run.directory / "failure.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(traceback.format_exc())
+                display.finish(run, f"FAILED: {first_line(error)}; see {path}")
+                failures[run.spec.run_id] = _failed_rows(run)
         else:
-            display.finish(run, _outcome(summary))
+            for run, summary in zip(group, summaries, strict=True):
+                display.finish(run, _outcome(summary))
     return failures
 
 
+def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
+    """The unfinished runs in groups that train as one program, in the order of their first runs."""
+    groups: dict[tuple, list[list[PlannedRun]]] = {}
+    order = []
+    for run in runs:
+        if run.finished:
+            continue
+        kind = groups.setdefault((run.spec.group, loop_options(run.config)), [])
+        if not kind or len(kind[-1]) == group_size(run.config):
+            kind.append([])
+            order.append(kind[-1])
+        kind[-1].append(run)
+    return order
+
+
 def _train(
-    plan: Plan, run: PlannedRun, display: SweepDisplay, should_stop: Callable[[int], bool]
-) -> dict[str, Any]:
-    return train_and_evaluate(
-        run.spec,
+    plan: Plan,
+    group: list[PlannedRun],
+    display: SweepDisplay,
+    should_stop: Callable[[int], bool],
+) -> list[dict[str, Any]]:
+    return train_group(
+        [Job(run.spec, run.directory, run.config.to_dict()) for run in group],
         plan.corpus,
-        run.directory,
-        loop_options(run.config),
-        run.config.to_dict(),
+        loop_options(group[0].config),
         watch=display.watch,
         should_stop=should_stop,
     )

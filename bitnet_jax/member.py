@@ -1,0 +1,271 @@
+"""One run of a group: what it has done so far, and the files it writes."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bitnet_jax import telemetry, tracking
+from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.data import Corpus, train_batches
+from bitnet_jax.loss import bits_per_byte
+from bitnet_jax.results import endpoint_row
+from bitnet_jax.spec import RunSpec
+from bitnet_jax.train_step import TrainState
+from bitnet_jax.trajectory import Segment
+
+# So many non-finite steps in a row end a segment: more than the halvings of a float16 loss scale
+# from 2^15 to 1, so an arm is not called diverged for finding its scale.
+SKIPS_TO_DIVERGE = 25
+
+# An endpoint's train_loss is the mean over so many last steps of its decay, however it was logged.
+TRAIN_LOSS_STEPS = 50
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """What a run does beside training. None of it can change a result.
+
+    log_every, eval_every: optimizer steps; 0 evaluates at endpoints only.
+    log_layers: a further line with the statistics of each projection of each block.
+    gradient_sample: weights on which an endpoint's gradient is compared with finite differences.
+    checkpoint_seconds: between checkpoints.
+    keep_model: write the last endpoint's parameters.
+    dispatch: optimizer steps a call of the compiled program, at most.
+    resident_bytes: token files of up to this size are put on the device.
+    """
+
+    log_every: int = 50
+    eval_every: int = 0
+    log_layers: bool = True
+    gradient_sample: int = 0
+    checkpoint_seconds: float = 60.0
+    keep_model: bool = True
+    dispatch: int = 1
+    resident_bytes: int = 2**30
+    wandb_mode: str | None = None
+    wandb_project: str = "bitnet_jax"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run to train. config: what the user wrote, resolved, kept beside the run's identity."""
+
+    spec: RunSpec
+    run_dir: Path
+    config: dict[str, Any]
+
+
+@dataclasses.dataclass
+class Progress:
+    """All that a run remembers beside its training state. JSON values only.
+
+    window: losses since the last log line. tail: the last TRAIN_LOSS_STEPS of this segment.
+    skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
+    metrics_bytes: how much of metrics.jsonl this progress has written.
+    idle: whether the run waits for this segment's end, since it has diverged in it.
+    """
+
+    tick: int = 0
+    window: list[float] = dataclasses.field(default_factory=list)
+    tail: list[float] = dataclasses.field(default_factory=list)
+    train_loss: float | None = None
+    grad_norm: float | None = None
+    regularizer: float | None = None
+    loss_scale: float = 1.0
+    skips: int = 0
+    worst_skips: int = 0
+    skipped: int = 0
+    endpoints: list[dict] = dataclasses.field(default_factory=list)
+    metrics_bytes: int = 0
+    wall_s: float = 0.0
+    has_stash: bool = False
+    idle: bool = False
+
+
+class Member:
+    """A run of a group while it trains. Its state is a part of the group's, which it never sees."""
+
+    def __init__(self, job: Job, corpus: Corpus, options: LoopOptions):
+        self.spec, self.run_dir, self.options = job.spec, job.run_dir, options
+        self._config = job.config
+        self._bytes_per_token = corpus.valid_bytes_per_token
+        self.batches = train_batches(
+            corpus.train, self.spec.data.sequence_length, self.spec.batch_size, self.spec.seed_data
+        )
+        self.progress = Progress()
+        job.run_dir.mkdir(parents=True, exist_ok=True)
+        self._origin = tracking.provenance()
+        tracking.write_json(
+            job.run_dir / "config.json",
+            {**self._header, "identity": self.spec.identity(), "config": job.config},
+        )
+        self.checkpointer = Checkpointer(job.run_dir / "checkpoints")
+
+    @property
+    def _header(self) -> dict[str, Any]:
+        header = {"schema_version": tracking.SCHEMA_VERSION, "run_id": self.spec.run_id}
+        return {**header, **self._origin}
+
+    def open(self) -> None:
+        """Open the logs, cut back to what the progress knows of."""
+        path = self.run_dir / "metrics.jsonl"
+        self._log = tracking.MetricsLog(path, keep=self.progress.metrics_bytes)
+        self._wandb = tracking.Wandb(
+            self.options.wandb_mode,
+            self.options.wandb_project,
+            self.spec.run_id,
+            self.run_dir,
+            self._config,
+        )
+
+    @property
+    def finished(self) -> bool:
+        """Whether every endpoint is recorded."""
+        return len(self.progress.endpoints) == len(self.spec.ends)
+
+    def begin(self) -> None:
+        """A segment begins."""
+        progress = self.progress
+        progress.tail, progress.worst_skips, progress.idle = [], 0, self.finished
+
+    def receive(self, metrics: dict[str, np.ndarray]) -> None:
+        """Take in the metrics [K] of further steps."""
+        progress = self.progress
+        for loss, skips in zip(metrics["loss"], metrics["skips"], strict=True):
+            progress.skips = int(skips)
+            progress.worst_skips = max(progress.worst_skips, progress.skips)
+            progress.skipped += int(progress.skips > 0)
+            if progress.skips == 0:
+                progress.window.append(float(loss))
+                progress.tail = [*progress.tail, float(loss)][-TRAIN_LOSS_STEPS:]
+        progress.grad_norm = number(metrics["grad_norm"][-1])
+        progress.loss_scale = float(metrics["loss_scale"][-1])
+        if "regularizer" in metrics:
+            progress.regularizer = number(metrics["regularizer"][-1])
+
+    def diverged(self, segment: Segment, last: bool) -> bool:
+        """Too many steps skipped in a row; or all of a decay, so that nothing has decayed.
+
+        Asked at log steps, but by a segment's end the answer does not depend on where they lie.
+        """
+        undecayed = segment.is_decay and last and self.progress.skips >= segment.steps
+        return undecayed or self.progress.worst_skips >= SKIPS_TO_DIVERGE
+
+    def log_train(
+        self,
+        segment: Segment,
+        done: int,
+        factors: tuple[float, float],
+        stats: dict[str, dict[str, Any]] | None,
+        sizes: dict[str, int],
+    ) -> None:
+        """One line: the mean loss since the line before, and the state of optimizer and latents.
+
+        stats, sizes: `telemetry.observe`'s, where weights are quantized.
+        """
+        progress, spec = self.progress, self.spec
+        window = progress.window
+        progress.train_loss = sum(window) / len(window) if window else None
+        progress.window = []
+        values = {
+            "loss": progress.train_loss,
+            "grad_norm": progress.grad_norm,
+            "learning_rate": factors[0] * spec.peak_lr,
+            "weight_decay": factors[1] * spec.weight_decay,
+            "skipped_steps": progress.skipped,
+        }
+        if spec.step.precision.loss_scaling:
+            values["loss_scale"] = progress.loss_scale
+        if spec.step.regularizer != "none":
+            values["regularizer"] = progress.regularizer
+        if spec.phases.warmup != "none":
+            values["strength"] = spec.phases.program(spec.step, done - 1, segment.decay)[1]
+        if stats is not None:
+            means = telemetry.summarize(stats, sizes)
+            values.update({f"latent_{key}": number(value) for key, value in means.items()})
+            if self.options.log_layers:
+                layers = {
+                    name: {key: [_short(x) for x in row] for key, row in layer.items()}
+                    for name, layer in stats.items()
+                }
+                place = self._place(segment, done)
+                self._log.write({"kind": "layers", **place, "layers": layers})
+        self.write("train", segment, done, **values)
+
+    def write(self, kind: str, segment: Segment, done: int, **values: float | None) -> None:
+        """A line of metrics.jsonl, and the same for Weights & Biases."""
+        self._log.write({"kind": kind, **self._place(segment, done), **values})
+        numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
+        self._wandb.log(numbers, self.progress.tick)
+
+    def _place(self, segment: Segment, done: int) -> dict[str, int | None]:
+        batch_tokens = self.spec.batch_tokens
+        branch = segment.end * batch_tokens if segment.is_decay else None
+        return {"step": done, "tokens": done * batch_tokens, "decay_to": branch}
+
+    def record(
+        self, segment: Segment, loss: float | None = None, error: float | None = None
+    ) -> None:
+        """An endpoint; one without a loss has diverged."""
+        tail = self.progress.tail
+        self.progress.endpoints.append(
+            {
+                "end": segment.end,
+                "loss": loss,
+                "loss_stderr": error,
+                "bits_per_byte": None
+                if loss is None
+                else bits_per_byte(loss, self._bytes_per_token),
+                "train_loss": sum(tail) / len(tail) if tail and loss is not None else None,
+                "unique_tokens": self.batches.unique_tokens(segment.end),
+                "status": "diverged" if loss is None else "ok",
+                "wall_s": self.progress.wall_s,
+            }
+        )
+
+    def restore(self, tick: int, like: TrainState) -> tuple[TrainState, TrainState | None]:
+        """The state of a checkpoint, and that set aside while a branch decays."""
+        state, stash, progress = self.checkpointer.restore(tick, like)
+        self.progress = Progress(**progress)
+        return state, stash
+
+    def save(self, state: TrainState, stash: TrainState | None) -> None:
+        """A checkpoint of this moment."""
+        self.progress.metrics_bytes = self._log.bytes
+        self.progress.has_stash = stash is not None
+        progress = dataclasses.asdict(self.progress)
+        self.checkpointer.save(self.progress.tick, state, stash, progress)
+
+    def summarize(self) -> dict[str, Any]:
+        """Write and return the summary: status `ok` or `diverged`, and a row an endpoint."""
+        rows = [endpoint_row(self.spec, e, self._origin) for e in self.progress.endpoints]
+        failed = [row["status"] for row in rows if row["status"] != "ok"]
+        summary = {
+            **self._header,
+            "status": failed[0] if failed else "ok",
+            "skipped_steps": self.progress.skipped,
+            "wall_s": self.progress.wall_s,
+            "total_flops": float(self.spec.total_flops),
+            "endpoints": rows,
+        }
+        tracking.write_json(self.run_dir / "summary.json", summary)
+        return summary
+
+    def close(self) -> None:
+        """Wait for what is being written. Called whatever happened, also before `open`."""
+        self.checkpointer.close()
+        for log in (getattr(self, "_log", None), getattr(self, "_wandb", None)):
+            if log is not None:
+                log.close()
+
+
+def number(value: Any) -> float | None:
+    """A JSON number; None for what JSON cannot hold."""
+    return float(value) if np.isfinite(value) else None
+
+
+def _short(value: Any) -> float | None:
+    """The same to five digits: a line holds hundreds of these."""
+    return float(f"{value:.5g}") if np.isfinite(value) else None
