@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from bitnet_jax.saving import mark
 
 IMPLEMENTATIONS = ("blocks", "cudnn")
 
@@ -75,7 +76,7 @@ def _forward_block(q, k, v, start, end):
 def _attend_forward(q, k, v):
     blocks = [_forward_block(q, k, v, *block) for block in _blocks(q.shape[3])]
     y = jnp.concatenate([y for y, _ in blocks], axis=3)
-    residuals = checkpoint_name((q, k, v, tuple(weights for _, weights in blocks), y), "attention")
+    residuals = mark((q, k, v, tuple(weights for _, weights in blocks), y), "attention")
     return residuals[-1], residuals
 
 

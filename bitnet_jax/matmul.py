@@ -12,13 +12,13 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Key
 
 from bitnet_jax import carriers, estimators
 from bitnet_jax.granularity import kernel_step_gradient, kernel_values, quantize_kernel
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import Quantized, dequantize, quantize
+from bitnet_jax.saving import mark
 
 
 class Weights(NamedTuple):
@@ -145,7 +145,7 @@ def _forward(x, weights, context, precision, row_parallel):
     mask = estimators.passes(precision.activation_estimator, precision.activation_quantizer, x, q)
     if context.strength is not None:
         q = _blend(q, x, context.strength)
-    q = checkpoint_name(_operand(q, precision), "operand")
+    q = mark(_operand(q, precision), "operand")
     kernels = tuple(
         _kernel(w, context.strength, key, precision, row_parallel)
         for w, key in zip(weights, w_keys, strict=True)
@@ -169,7 +169,7 @@ def _kernel(w: Weights, strength, key, precision: Precision, row_parallel: bool)
         q = q._replace(codes=q.codes.reshape(1, *kernel.shape))  # one product, whatever was sliced
     operand = _operand(q, precision)
     if operand.codes.dtype == jnp.int8:
-        operand = checkpoint_name(operand, "operand")
+        operand = mark(operand, "operand")
     return _Kernel(operand, mask, learned, jnp.zeros((0,), kernel.dtype))
 
 
@@ -290,12 +290,15 @@ def _rows_last(x: Array) -> Array:
 
     Its fast products read the contracted axis of their left operand in memory order; XLA would
     fold a plain transpose into the product, which then runs at a third to a half of the speed.
+    16-bit floats are moved as integers, since they would be moved as float32.
     """
     x = x.reshape(-1, x.shape[-1])
 
     def moved(x):
+        bits = lax.bitcast_convert_type(x, jnp.uint16) if x.dtype.itemsize == 2 else x
         half = x.shape[0] // 2
-        return jnp.concatenate([x[:half].T, x[half:].T], axis=1)
+        bits = jnp.concatenate([bits[:half].T, bits[half:].T], axis=1)
+        return lax.bitcast_convert_type(bits, x.dtype)
 
     return lax.platform_dependent(x, cpu=moved, default=jnp.transpose)
 

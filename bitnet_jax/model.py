@@ -15,7 +15,6 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from bitnet_jax.attention import causal_attention
@@ -23,13 +22,9 @@ from bitnet_jax.initializers import INITIALIZERS, RESIDUAL_PROJECTIONS
 from bitnet_jax.layers import BitLinear, RMSNorm, bit_linears, rotary_angles, rotate
 from bitnet_jax.matmul import DEPLOYED, Context, plain_dot
 from bitnet_jax.precision import Precision
+from bitnet_jax.saving import SAVED, save
 
 NORMS = ("sub", "pre", "inside")
-
-# What the forward pass keeps for the backward pass beside each block's input: the quantized inputs
-# of products, what attention wants, and what the activation function gets. Norms and activations in
-# between are made again from them: that is faster than moving their float32 values.
-SAVED = jax.checkpoint_policies.save_only_these_names("operand", "product", "attention")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +109,7 @@ class Mlp(nn.Module):
         activation = ACTIVATIONS[c.activation]
         names = ("up", "gate") if c.gated else ("up",)
         layers = [linear(c, self.precision, name, c.width, c.ff_width) for name in names]
-        products = checkpoint_name(bit_linears(layers, x, strength), "product")
+        products = save(bit_linears(layers, x, strength), "product")
         # In float32: a squared ReLU passes float16's 65504 already at 256.
         y, *gate = (y.astype(jnp.float32) for y in products)
         y = activation(gate[0]) * y if c.gated else activation(y)
@@ -153,7 +148,8 @@ class Block(nn.Module):
             return x if c.norms == "inside" else RMSNorm(c.norm_epsilon, name=name)(x)
 
         attention = Attention(self.config, self.precision, name="attention")
-        x = x + attention(normed("attention_norm", x), strength).astype(jnp.float32)
+        y = save(attention(normed("attention_norm", x), strength), "product")
+        x = x + y.astype(jnp.float32)
         mlp = Mlp(self.config, self.precision, name="mlp")
         return x + mlp(normed("mlp_norm", x), strength).astype(jnp.float32), None
 

@@ -53,6 +53,11 @@ class Phases:
         """What an endpoint is evaluated, counted and exported as."""
         return base if self.late is None else dataclasses.replace(base, precision=self.late)
 
+    def programs(self, base: StepConfig) -> list[StepConfig]:
+        """Every config that some step of a run has."""
+        warming = [dataclasses.replace(base, warming=True)] if self.warmup != "none" else []
+        return [*warming, base, *([self.deployed(base)] if self.late else [])]
+
     def program(
         self, base: StepConfig, step: int, decay: tuple[int, int] | None
     ) -> tuple[StepConfig, float]:

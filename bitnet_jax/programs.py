@@ -66,18 +66,22 @@ def place(tree: Any, runs: int) -> Any:
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_init(config: StepConfig, runs: int) -> Callable[[Int[np.ndarray, "R"]], TrainState]:
+def compiled_init(config: StepConfig, runs: int) -> Any:
     """Seeds [R] to the states of the runs."""
 
     def build(local: int) -> Callable:
         take, give, over_runs = _runs_axis(local)
-        return lambda seeds: give(over_runs(functools.partial(init_state, config))(take(seeds)))
+
+        def init(seeds: Int[Array, "R"]) -> TrainState:
+            return give(over_runs(functools.partial(init_state, config))(take(seeds)))
+
+        return init
 
     return _compile(build, runs, (P("runs"),))
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_steps(config: StepConfig, runs: int, length: int) -> Callable:
+def compiled_steps(config: StepConfig, runs: int, length: int) -> Any:
     """(states, tokens [N], starts [R, K, B], schedule, count) to (states, metrics [R, K]).
 
     Makes the first `count` of K optimizer steps, on rows of `length` + 1 tokens that begin at
@@ -126,7 +130,7 @@ def _steps(config: StepConfig, length: int, local: int) -> Callable:
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_eval(config: StepConfig, runs: int) -> Callable:
+def compiled_eval(config: StepConfig, runs: int) -> Any:
     """(parameters of the runs, tokens [B, T+1]) to the mean nats of each row [R, B]."""
 
     def build(local: int) -> Callable:
@@ -141,15 +145,31 @@ def compiled_eval(config: StepConfig, runs: int) -> Callable:
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_observe(precision: Precision, runs: int) -> Callable:
+def compiled_observe(precision: Precision, runs: int) -> Any:
     """`telemetry.observe` of each run: (snapshots, parameters) to (snapshots, statistics)."""
 
     def build(local: int) -> Callable:
         take, give, over_runs = _runs_axis(local)
-        observe = functools.partial(telemetry.observe, precision=precision)
-        return lambda snapshots, params: give(over_runs(observe)(*take((snapshots, params))))
+        one = functools.partial(telemetry.observe, precision=precision)
+
+        def observe(snapshots: telemetry.Snapshots, params: dict) -> tuple:
+            return give(over_runs(one)(*take((snapshots, params))))
+
+        return observe
 
     return _compile(build, runs, (P("runs"), P("runs")), donate_argnums=0)
+
+
+@jax.jit
+def part(tree: Any, run: Int[Array, ""]) -> Any:
+    """One run's part of arrays with a leading runs axis."""
+    return jax.tree.map(lambda x: x[run], tree)
+
+
+@jax.jit
+def copied(tree: Any) -> Any:
+    """Copies, for what a donated argument would take away."""
+    return jax.tree.map(jnp.copy, tree)
 
 
 def _runs_axis(local: int) -> tuple[Callable, Callable, Callable]:
@@ -161,7 +181,7 @@ def _runs_axis(local: int) -> tuple[Callable, Callable, Callable]:
     return take, give, lambda function: function
 
 
-def _compile(build: Callable, runs: int, specs: tuple, **options: Any) -> Callable:
+def _compile(build: Callable, runs: int, specs: tuple, **options: Any) -> Any:
     """jit of build(runs a device), whose arguments lie on the devices as `specs` say."""
     count = devices(runs)
     function = build(runs // count)

@@ -6,6 +6,7 @@ A group of runs of one shape, arm and schedule trains in step, as one compiled p
 """
 
 import dataclasses
+import operator
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -81,6 +82,31 @@ def train_group(
     return [member.summarize() for member in loop.members]
 
 
+def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> None:
+    """Compile what `train_group` will want for so many runs, and keep it on disk.
+
+    For another thread, while the device trains something else. Only of use where
+    `programs.keep_programs` has said where.
+    """
+    data, dispatch = spec.data, options.dispatch
+    seeds = jax.ShapeDtypeStruct((runs,), jnp.int32)
+    init = programs.compiled_init(spec.step, runs)
+    init.lower(seeds).compile()
+    state = jax.eval_shape(init, seeds)
+    reader = RowReader(corpus.train, data.sequence_length, options.resident_bytes)
+    rows = reader(np.zeros((runs, dispatch, spec.batch_size), np.int64))
+    rates = np.zeros((runs, dispatch), np.float32)
+    schedule = programs.Schedule(rates, rates, rates[0], np.zeros(dispatch, bool))
+    for program in spec.phases.programs(spec.step):
+        steps = programs.compiled_steps(program, runs, data.sequence_length)
+        steps.lower(state, *rows, schedule, np.int32(0)).compile()
+    batch = jax.ShapeDtypeStruct((spec.batch_size, data.sequence_length + 1), jnp.int32)
+    programs.compiled_eval(spec.deployed, runs).lower(state.params, batch).compile()
+    if spec.step.precision.quantized:
+        observe = programs.compiled_observe(spec.step.precision, runs)
+        observe.lower(state.snapshots, state.params).compile()
+
+
 class _Loop:
     """A group while it trains. `state` is what the next step starts from, a runs axis leading."""
 
@@ -108,7 +134,7 @@ class _Loop:
         if not common:
             return
         self.tick = max(common)
-        like = _part(self.state, 0)
+        like = programs.part(self.state, 0)
         states, stashes = zip(
             *(member.restore(self.tick, like) for member in self.members), strict=True
         )
@@ -148,7 +174,7 @@ class _Loop:
             member.begin()
         if segment.is_decay:
             # The step donates its input, so what is set aside must be a copy.
-            self.stash = jax.tree.map(jnp.copy, self.state)
+            self.stash = programs.copied(self.state)
 
     def _steps_together(self, step: int, segment: Segment) -> int:
         """How many steps from this one on can be one call: up to the next thing to do."""
@@ -211,7 +237,7 @@ class _Loop:
         for index, member in enumerate(self.members):
             member.progress.tick = self.tick
             if not member.progress.idle:
-                own = None if stats is None else _part(stats, index)
+                own = None if stats is None else jax.tree.map(operator.itemgetter(index), stats)
                 member.log_train(segment, done, factors, own, sizes)
 
     def _observe(self) -> tuple[Any, dict[str, int]]:
@@ -290,7 +316,7 @@ class _Loop:
             member, (loss, error) = self.members[i], losses[i]
             member.record(segment, loss, error)
             values = {"valid_loss": loss, "valid_loss_stderr": error}
-            params = _part(self.state.params, i)
+            params = programs.part(self.state.params, i)
             sample = self.options.gradient_sample if self.spec.step.precision.quantized else 0
             if sample and loss is not None:
                 values["gradient_cosine"] = self._gradient_cosine(params, member.spec)
@@ -323,14 +349,9 @@ class _Loop:
         self._tick_clock()
         for index, member in enumerate(self.members):
             member.progress.tick = self.tick
-            member.save(*_part((self.state, self.stash), index))
+            member.save(*programs.part((self.state, self.stash), index))
         self.last_save = time.monotonic()
 
     def close(self) -> None:
         for member in self.members:
             member.close()
-
-
-def _part(tree: Any, run: int) -> Any:
-    """One run's part of arrays with a leading runs axis."""
-    return jax.tree.map(lambda x: x[run], tree)

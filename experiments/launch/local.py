@@ -5,9 +5,11 @@ faster so: there a group is a single run. Either way one long-lived process comp
 arm once and serves every run of it.
 """
 
+import contextlib
 import signal
 import traceback
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
@@ -15,7 +17,7 @@ from bitnet_jax.configs.resolve import group_size, loop_options
 from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
-from bitnet_jax.train import Interrupted, train_group
+from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import SweepDisplay
 from experiments.plan import Plan, PlannedRun, first_line
 
@@ -57,23 +59,47 @@ def train_all(
       Interrupted: should_stop said so; the plan goes on from there when launched again.
     """
     failures = {}
-    for group in grouped(plan.runs):
-        display.start(group)
-        try:
-            summaries = _train(plan, group, display, should_stop)
-        except (Interrupted, KeyboardInterrupt):
-            raise
-        except Exception as error:
-            for run in group:
-                path = run.directory / "failure.txt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(traceback.format_exc())
-                display.finish(run, f"FAILED: {first_line(error)}; see {path}")
-                failures[run.spec.run_id] = _failed_rows(run)
-        else:
-            for run, summary in zip(group, summaries, strict=True):
-                display.finish(run, _outcome(summary))
+    groups = grouped(plan.runs)
+    with ThreadPoolExecutor(max_workers=1) as background:
+        for group, following in zip(groups, [*groups[1:], None], strict=True):
+            display.start(group)
+            if following and _program(following) != _program(group):
+                background.submit(_compile_ahead, plan, following)
+            try:
+                summaries = _train(plan, group, display, should_stop)
+            except (Interrupted, KeyboardInterrupt):
+                raise
+            except Exception as error:
+                failures.update(_fail(group, error, display))
+            else:
+                for run, summary in zip(group, summaries, strict=True):
+                    display.finish(run, _outcome(summary))
     return failures
+
+
+def _program(group: list[PlannedRun]) -> tuple:
+    """What decides which compiled programs a group needs."""
+    return group[0].spec.step, group[0].spec.phases, group[0].spec.data, len(group)
+
+
+def _compile_ahead(plan: Plan, group: list[PlannedRun]) -> None:
+    run = group[0]
+    with contextlib.suppress(Exception):  # said when the group's turn comes
+        compile_ahead(run.spec, len(group), plan.corpus, loop_options(run.config))
+
+
+def _fail(
+    group: list[PlannedRun], error: Exception, display: SweepDisplay
+) -> dict[str, list[dict[str, Any]]]:
+    """Leave the traceback with every run of the group. Called while the error is handled."""
+    rows = {}
+    for run in group:
+        path = run.directory / "failure.txt"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(traceback.format_exc())
+        display.finish(run, f"FAILED: {first_line(error)}; see {path}")
+        rows[run.spec.run_id] = _failed_rows(run)
+    return rows
 
 
 def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
