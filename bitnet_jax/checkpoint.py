@@ -33,6 +33,12 @@ class Checkpointer:
         """Those that have a checkpoint."""
         return list(self._manager.all_steps())
 
+    def forget_after(self, tick: int) -> None:
+        """Remove the checkpoints of later ticks, from which the run will not go on."""
+        for later in self.ticks():
+            if later > tick:
+                self._manager.delete(later)
+
     def restore_latest(self, like: TrainState) -> tuple[TrainState, TrainState | None, Any] | None:
         """`restore` of the newest checkpoint, or None where there is none."""
         tick = self._manager.latest_step()

@@ -60,9 +60,20 @@ def devices(runs: int) -> int:
 
 
 def place(tree: Any, runs: int) -> Any:
-    """Arrays with a leading runs axis, each run's part on its device."""
-    count = devices(runs)
-    return jax.device_put(tree, NamedSharding(_mesh(count), P("runs"))) if count > 1 else tree
+    """Arrays with a leading runs axis, each run's part on its device; or the shapes of such."""
+    sharding = NamedSharding(_mesh(devices(runs)), P("runs"))
+
+    def one(x: Any) -> Any:
+        if isinstance(x, jax.ShapeDtypeStruct):
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+        return jax.device_put(x, sharding)
+
+    return jax.tree.map(one, tree)
+
+
+def replicate(tree: Any, runs: int) -> Any:
+    """Arrays that all runs of a group read, on each of their devices."""
+    return jax.device_put(tree, NamedSharding(_mesh(devices(runs)), P()))
 
 
 @functools.lru_cache(PROGRAMS)

@@ -121,7 +121,7 @@ class RunSpec:
         for key in ("seed_init", "seed_data", "peak_lr", "weight_decay"):
             del values[key]
         carriers = [arm.carrier for arm in (self.step.precision, self.deployed.precision)]
-        return json.dumps([values, carriers], sort_keys=True)
+        return json.dumps([values, carriers, self.step.model.attention], sort_keys=True)
 
     @property
     def run_id(self) -> str:

@@ -6,6 +6,7 @@ A group of runs of one shape, arm and schedule trains in step, as one compiled p
 """
 
 import dataclasses
+import functools
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -92,8 +93,9 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     seeds = jax.ShapeDtypeStruct((runs,), jnp.int32)
     init = programs.compiled_init(spec.step, runs)
     init.lower(seeds).compile()
-    state = jax.eval_shape(init, seeds)
-    reader = RowReader(corpus.train, data.sequence_length, options.resident_bytes)
+    state = programs.place(jax.eval_shape(init, seeds), runs)
+    put = functools.partial(programs.replicate, runs=runs)
+    reader = RowReader(corpus.train, data.sequence_length, options.resident_bytes, put)
     rows = reader(np.zeros((runs, dispatch, spec.batch_size), np.int64))
     rates = np.zeros((runs, dispatch), np.float32)
     schedule = programs.Schedule(rates, rates, rates[0], np.zeros(dispatch, bool))
@@ -116,13 +118,15 @@ class _Loop:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
         self.segments = self.spec.segments
         sequence_length = self.spec.data.sequence_length
-        self.reader = RowReader(corpus.train, sequence_length, options.resident_bytes)
+        put = functools.partial(programs.replicate, runs=self.runs)
+        self.reader = RowReader(corpus.train, sequence_length, options.resident_bytes, put)
         self.rows = validation_rows(corpus.valid, sequence_length, self.spec.data.eval_tokens)
         self.members = [Member(job, corpus, options) for job in jobs]
         self.tick = 0
         self.stash: TrainState | None = None
         seeds = np.array([job.spec.seed_init for job in jobs], np.int32)
-        self.state: TrainState = programs.compiled_init(self.spec.step, self.runs)(seeds)
+        init = programs.compiled_init(self.spec.step, self.runs)
+        self.state: TrainState = programs.place(init(seeds), self.runs)
         self._restore()
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
         for member in self.members:
@@ -131,6 +135,8 @@ class _Loop:
     def _restore(self) -> None:
         """Go back to the newest checkpoint that every member has, if there is one."""
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
+        for member in self.members:
+            member.checkpointer.forget_after(max(common, default=-1))
         if not common:
             return
         self.tick = max(common)

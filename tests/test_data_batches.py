@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from bitnet_jax.data import DataError, train_batches, validation_positions, validation_rows
+from bitnet_jax.data import (
+    DataError,
+    RowReader,
+    train_batches,
+    validation_positions,
+    validation_rows,
+)
 
 T, B = 8, 4
 TOKENS = np.arange(8 * T + 3, dtype=np.uint16)  # its own index: a row names its start
@@ -27,6 +33,46 @@ def test_pure_function_of_seed_and_step():
     backwards = [ahead[step] for step in reversed(range(10))][::-1]
     for step in range(10):
         np.testing.assert_array_equal(backwards[step], again[step])
+
+
+@pytest.mark.parametrize("step, steps", [(0, 1), (0, 7), (3, 4), (11, 1)])
+def test_starts_are_those_of_the_batches(step, steps):
+    """Across the borders of epochs, too: an epoch of these is two batches."""
+    batches = train_batches(TOKENS, T, B, seed=3)
+    starts = batches.starts(step, steps)
+    assert starts.shape == (steps, B) and starts.dtype == np.int64
+    for row, i in zip(starts, range(step, step + steps), strict=True):
+        np.testing.assert_array_equal(row, batches[i][:, 0])
+    with pytest.raises(IndexError):
+        batches.starts(-1, 2)
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16, np.uint32])
+def test_a_reader_gives_the_same_rows_wherever_the_tokens_lie(dtype):
+    """On the device from so many bytes on, of a whole file or of what a call wants."""
+    tokens = np.random.default_rng(0).integers(0, 250, 8 * T + 3).astype(dtype)
+    starts = train_batches(tokens, T, B, seed=0).starts(0, 6).reshape(2, 3, B)
+    expected = tokens[starts[..., None] + np.arange(T + 1)]
+    for size, resident in ((tokens.nbytes, True), (tokens.nbytes - 1, False), (0, False)):
+        reader = RowReader(tokens, T, size)
+        assert reader.resident == resident
+        given, begins = reader(starts)
+        assert begins.shape == starts.shape and begins.dtype == np.int32
+        assert given.dtype == dtype and given.ndim == 1
+        assert given.size == (tokens.size if resident else starts.size * (T + 1))
+        found = np.asarray(given)[begins[..., None] + np.arange(T + 1)]
+        np.testing.assert_array_equal(found, expected)
+
+
+def test_a_reader_of_a_file_on_disk(tmp_path):
+    """What is not resident is read where it is wanted, of a file far larger than the call's rows"""
+    np.arange(5000 * T + 1, dtype=np.uint16).tofile(tmp_path / "tokens")
+    tokens = np.memmap(tmp_path / "tokens", np.uint16, "r")
+    starts = np.array([[0, 4999 * T], [17 * T, 17 * T]])
+    for size in (0, 2**20):
+        given, begins = RowReader(tokens, T, size)(starts)
+        rows = np.asarray(given)[begins[..., None] + np.arange(T + 1)]
+        np.testing.assert_array_equal(rows, starts[..., None] + np.arange(T + 1))
 
 
 def test_every_epoch_covers_every_row_once_in_an_own_order():

@@ -8,10 +8,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax import train_step
+from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.granularity import Granularity, kernel_values, quantize_kernel
-from bitnet_jax.latents import latent_codes, latents
+from bitnet_jax.latents import known_codes, latent_codes, latents
 from bitnet_jax.matmul import DEPLOYED
-from bitnet_jax.model import TransformerConfig, apply_model, init_params
+from bitnet_jax.model import TransformerConfig, apply_hidden, apply_model, init_params
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import Quantized
 
@@ -140,3 +142,100 @@ def test_the_noise_of_training_is_not_in_the_latents():
     nearest = codes_of(params, arm)
     for name, codes in codes_of(params, drawing).items():
         np.testing.assert_array_equal(codes, nearest[name])
+
+
+# Codes that are known already
+
+
+@EACH_ARM
+def test_known_codes_change_no_bit_of_a_forward_pass(arm):
+    """With 8-bit activations, too; and they are what it uses: of other weights they change it."""
+    arm = dataclasses.replace(arm, activations="int8_absmax")
+    params, tokens = random_params(arm), np.arange(12).reshape(2, 6) % 11
+
+    @jit
+    def run(params, known):
+        codes = None if known is None else known_codes(known, arm)
+        return apply_hidden(CONFIG, arm, params, tokens, DEPLOYED, codes)[0]
+
+    plain = run(params, None)
+    np.testing.assert_array_equal(run(params, params), plain)
+    mirrored = jax.tree.map(lambda w: w[..., ::-1] if w.ndim == 3 else w, params)
+    assert (run(params, mirrored) != plain).any()
+
+
+ACCUMULATED = {"train.microbatches": 4, "precision": "ternary"}
+GROUPS = {"quantization.granularity": "group", "quantization.granularity_size": 8}
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return np.random.default_rng(0).integers(0, 256, (8, 17)).astype(np.int32)
+
+
+def step_of(config, batch):
+    """(an uncompiled step, its arguments)."""
+    state = jax.eval_shape(lambda: train_step.init_state(config, 0))
+    step = functools.partial(train_step.train_step, config)
+    return step, (state, batch, np.float32(0.01), np.float32(0.1))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "overrides", [{}, {**GROUPS, "quantization.weights": "ternary_lsq"}], ids=["ternary", "group"]
+)
+def test_codes_of_all_microbatches_at_once_train_the_same(
+    tiny_config, tiny_corpus, batch, monkeypatch, overrides
+):
+    """The same step, to the bit of its loss and to float32's rounding of its gradient's norm."""
+    config = resolve(tiny_config({**ACCUMULATED, **overrides}), tiny_corpus).step
+    state = jit(functools.partial(train_step.init_state, config))(0)
+    step, (_, *rest) = step_of(config, batch)
+    found = jit(lambda *a: step(*a))(state, *rest)
+    monkeypatch.setattr(train_step, "known_codes", lambda params, arm: None)
+    expected = jit(lambda *a: step(*a))(state, *rest)
+    for key, value in expected[1].items():
+        np.testing.assert_allclose(found[1][key], value, rtol=1e-6)
+    for a, b in zip(*(jax.tree.leaves(s.opt_state) for s in (found[0], expected[0])), strict=True):
+        size = max(1e-12, np.abs(b).max())
+        np.testing.assert_allclose(a, b, atol=1e-6 * size)
+
+
+def quantized_shapes(jaxpr):
+    """The shapes of what a program turns into int8 codes, inner programs included."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "convert_element_type":
+            (source,), (result,) = equation.invars, equation.outvars
+            if result.aval.dtype == jnp.int8 and source.aval.dtype == jnp.float32:
+                yield result.aval.shape
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from quantized_shapes(inner)
+
+
+@pytest.mark.parametrize(
+    "overrides, reused",
+    [({}, True), (GROUPS, True), ({"quantization.activation_estimator": "stochastic"}, True),
+     ({"quantization.estimator": "stochastic"}, False)],
+    ids=["ternary", "group", "stochastic activations", "stochastic"],
+)  # fmt: skip
+def test_no_microbatch_quantizes_weights_unless_it_draws(
+    tiny_config, tiny_corpus, batch, monkeypatch, overrides, reused
+):
+    """By what becomes int8 within the loop over microbatches: activations, and kernels or not."""
+    config = resolve(tiny_config({**ACCUMULATED, **overrides}), tiny_corpus).step
+
+    def of_a_microbatch():
+        step, arguments = step_of(config, batch)
+        loops = [e for e in jax.make_jaxpr(step)(*arguments).eqns if e.primitive.name == "scan"]
+        (microbatches,) = [e for e in loops if e.params["length"] == 4]
+        shapes = list(quantized_shapes(microbatches.params["jaxpr"].jaxpr))
+        activations = [shape for shape in shapes if shape[:2] == (2, 16)]
+        return len(activations), len(shapes) - len(activations)
+
+    activations, weights = of_a_microbatch()
+    assert activations >= 4 and bool(weights) == (not reused)
+    monkeypatch.setattr(train_step, "known_codes", lambda params, arm: None)
+    assert of_a_microbatch()[0] == activations and of_a_microbatch()[1] >= 7

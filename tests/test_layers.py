@@ -3,14 +3,16 @@
 import dataclasses
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from test_latents import quantized_shapes
 
 from bitnet_jax.granularity import Granularity
 from bitnet_jax.hadamard import rotate_hadamard
-from bitnet_jax.layers import BitLinear, RMSNorm, rotary_angles, rotate
+from bitnet_jax.layers import BitLinear, RMSNorm, bit_linears, rotary_angles, rotate
 from bitnet_jax.matmul import DEPLOYED, Context, quantized_dot
 from bitnet_jax.precision import get_precision
 
@@ -112,6 +114,56 @@ def test_strength_and_noise_reach_the_product():
     drawn, again, other = (run(None, {"rounding": jax.random.key(i)}) for i in (0, 0, 1))
     np.testing.assert_array_equal(drawn, again)
     assert (drawn != nearest).any() and (drawn != other).any()
+
+
+class Layers(nn.Module):
+    """Three layers of one input; `together` or each by itself."""
+
+    fields: tuple
+    together: bool
+
+    @nn.compact
+    def __call__(self, x, strength=None):
+        layers = [
+            BitLinear(12, 5 + i, get_precision(arm), NORMAL, residual, epsilon, name=f"layer{i}")
+            for i, (arm, residual, epsilon) in enumerate(self.fields)
+        ]
+        if self.together:
+            return bit_linears(layers, x, strength)
+        return [layer(x, strength) for layer in layers]
+
+
+@pytest.mark.parametrize("strength", [None, 0.4])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        3 * (("ternary", False, None),),
+        3 * (("ternary", False, 1e-2),),  # norms inside: three inputs
+        (("ternary", False, None), ("ternary", True, None), ("ternary", False, 1e-2)),
+    ],
+    ids=["plain", "inside", "mixed"],
+)
+def test_layers_of_one_input_are_as_many_layers(fields, strength):
+    """To the bit, whether their input can be shared or not."""
+    x = 3 * gaussian(2, 4, 12)
+    strength = None if strength is None else np.float32(strength)
+    shapes = jax.eval_shape(Layers(fields, False).init, jax.random.key(0), x)
+    params = jax.tree.map(lambda s: np.abs(gaussian(*s.shape, seed=s.size)) + 0.1, shapes)
+    ours, each = (jit(Layers(fields, t).apply)(params, x, strength) for t in (True, False))
+    for a, b, width in zip(ours, each, (5, 6, 7), strict=True):
+        assert a.shape == (2, 4, width)
+        np.testing.assert_array_equal(np.float32(a), np.float32(b))
+
+
+@pytest.mark.parametrize("epsilon, inputs", [(None, 1), (1e-2, 3)])
+def test_one_input_is_quantized_once_but_three_are_not(epsilon, inputs):
+    """By the int8 arrays that the program makes of floats: inputs, and three kernels."""
+    fields = 3 * (("ternary", False, epsilon),)
+    x = gaussian(2, 4, 12)
+    params = jax.eval_shape(Layers(fields, True).init, jax.random.key(0), x)
+    program = jax.make_jaxpr(Layers(fields, True).apply)(params, x)
+    shapes = list(quantized_shapes(program.jaxpr))
+    assert shapes.count(x.shape) == inputs and len(shapes) == inputs + 3
 
 
 @pytest.mark.parametrize("dtype", [np.float32, jnp.bfloat16, np.float16])

@@ -1,5 +1,6 @@
 """Losses against numpy and optax."""
 
+import functools
 import math
 
 import jax
@@ -9,7 +10,9 @@ import optax
 import pytest
 
 from bitnet_jax import loss
-from bitnet_jax.loss import bits_per_byte, z_loss
+from bitnet_jax.loss import bits_per_byte, head_cross_entropy, z_loss
+from bitnet_jax.matmul import plain_dot
+from bitnet_jax.precision import get_precision
 
 cross_entropy = jax.jit(loss.cross_entropy)
 RNG = np.random.default_rng(0)
@@ -73,3 +76,88 @@ def test_bits_per_byte():
     assert bits_per_byte(8 * math.log(2), 8) == pytest.approx(1, rel=1e-15)
     assert bits_per_byte(math.log(256), 1) == pytest.approx(8, rel=1e-15)
     assert bits_per_byte(3.0, 4.5) == pytest.approx(3.0 / 4.5 / math.log(2), rel=1e-15)
+
+
+# The loss of a head, whose logits are computed in chunks of positions
+
+
+X, HEAD = (RNG.normal(size=shape).astype(np.float32) for shape in ((3, 5, 8), (11, 8)))
+G_NATS, G_Z = (RNG.normal(size=(3, 5)).astype(np.float32) for _ in range(2))
+
+
+@functools.cache
+def of_head(arm, max_logits):
+    """nats, log Z, and the gradients for x and the head of a sum of both with random weights."""
+
+    @jax.jit
+    def run(x, head):
+        precision = get_precision(arm)
+        values, pullback = jax.vjp(
+            lambda x, head: head_cross_entropy(x, head, TARGETS, precision, max_logits), x, head
+        )
+        return *values, *pullback((G_NATS, G_Z))
+
+    return run
+
+
+# 15 positions, 165 logits: 1 chunk, 3 of 5, 4 of 4 (one of them made up), 15 of 1; a bound below
+# one position's logits is one at a time, or as many chunks as it asks for.
+@pytest.mark.parametrize(
+    "arm, roundoff, max_logits",
+    [*(("fp32", 0, n) for n in (164, 55, 44, 11, 5)), ("bf16", 2**-8, 44), ("fp16", 2**-11, 44)],
+)
+def test_chunks_change_nothing(arm, roundoff, max_logits):
+    """Values to float32's rounding, and gradients to that of their sums; both paths, nats and log Z
+
+    16-bit logits may round to a neighbour, where another order of summing has crossed a tie.
+    """
+    whole, chunked = (of_head(arm, n)(X, HEAD) for n in (165, max_logits))
+    for a, b in zip(chunked, whole, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        size = np.abs(b).max()
+        np.testing.assert_allclose(a, b, atol=(2e-6 + 2 * roundoff) * size)
+    nats, log_z = cross_entropy(plain_dot(X, HEAD, get_precision(arm)), TARGETS)
+    np.testing.assert_allclose(chunked[0], nats, atol=(2e-6 + 2 * roundoff) * np.abs(nats).max())
+    np.testing.assert_allclose(chunked[1], log_z, atol=(2e-6 + 2 * roundoff) * np.abs(log_z).max())
+
+
+def test_gradients_of_chunks_against_numpy():
+    """(softmax - one-hot) * g, and softmax * g of log Z, through the head: in float64."""
+    *_, dx, d_head = of_head("fp32", 44)(X, HEAD)
+    x, head = X.astype(np.float64), HEAD.astype(np.float64)
+    p = np.exp(x @ head.T)
+    p /= p.sum(-1, keepdims=True)
+    d_logits = (p - np.eye(11)[TARGETS]) * G_NATS[..., None] + p * G_Z[..., None]
+    np.testing.assert_allclose(dx, d_logits @ head, atol=5e-6)  # values of up to 5
+    np.testing.assert_allclose(d_head, np.einsum("btv,btd->vd", d_logits, x), atol=1e-5)
+
+
+def arrays_of(jaxpr):
+    """The abstract values that a jaxpr's equations make, those of inner ones included."""
+    for equation in jaxpr.eqns:
+        yield from (variable.aval for variable in equation.outvars)
+        for value in equation.params.values():
+            for inner in value if isinstance(value, (tuple, list)) else (value,):
+                inner = getattr(inner, "jaxpr", inner)
+                if hasattr(inner, "eqns"):
+                    yield from arrays_of(inner)
+
+
+@pytest.mark.parametrize("arm", ["fp32", "bf16"])
+def test_all_logits_never_exist_at_once(arm):
+    """Neither forward nor backward is there an array beyond the bound, but for a batch's own."""
+    x, head = np.zeros((32, 16, 4), np.float32), np.zeros((64, 4), np.float32)
+    targets = np.zeros((32, 16), np.int32)
+
+    def total(x, head, max_logits):
+        values = head_cross_entropy(x, head, targets, get_precision(arm), max_logits)
+        return values[0].mean() + z_loss(values[1])
+
+    def largest(max_logits):
+        gradient = jax.grad(lambda x, head: total(x, head, max_logits), argnums=(0, 1))
+        return max(a.size for a in arrays_of(jax.make_jaxpr(gradient)(x, head).jaxpr))
+
+    logits = 32 * 16 * 64
+    assert largest(logits) == logits, "which is how this would see them"
+    assert largest(logits // 8) == logits // 8 > x.size
+    assert largest(logits // 64) == x.size

@@ -13,9 +13,11 @@ from bitnet_jax.granularity import Granularity, initial_step, quantize_kernel
 from bitnet_jax.matmul import (
     DEPLOYED,
     Context,
+    Weights,
     code_dot,
     plain_dot,
     quantized_dot,
+    quantized_dots,
     reference_dot,
 )
 from bitnet_jax.precision import PRECISIONS, get_precision
@@ -604,6 +606,80 @@ def test_plain_dot_keeps_the_dtype_of_its_operands():
     x = x.astype(jnp.bfloat16)
     _, pullback = jax.vjp(lambda x, w: plain_dot(x, w, precision), x, w.T)
     assert [a.dtype for a in pullback(g.astype(jnp.bfloat16))] == [jnp.bfloat16, jnp.float32]
+
+
+# ---- Several kernels of one input --------------------------------------------------------------
+
+
+@functools.partial(jax.jit, static_argnums=(4, 5))
+def several(x, weights, context, gs, precision, row_parallel):
+    """ys, dx, and the cotangents of each kernel and step."""
+    ys, pullback = jax.vjp(
+        lambda x, weights: quantized_dots(x, weights, context, precision, row_parallel), x, weights
+    )
+    return ys, *pullback(tuple(g.astype(y.dtype) for g, y in zip(gs, ys, strict=True)))
+
+
+@pytest.mark.parametrize(
+    "arm, kind, strength, fields",
+    [
+        ("ternary", "tensor", None, {}),
+        ("fp16", "tensor", None, {}),
+        ("fp32", "group", None,
+         {"weights": "ternary_lsq", "estimator": "trust", "activation_estimator": "clipped"}),
+        ("fp32", "row shard", 0.3,
+         {"weights": "ternary_lsq", "estimator": "clipped", "activation_estimator": "trust"}),
+    ],
+)  # fmt: skip
+def test_several_kernels_are_as_many_products(arm, kind, strength, fields):
+    """Values, kernels' and steps' gradients to the bit; dx, their sum, to float32's rounding.
+
+    Known codes of one kernel among others change nothing either.
+    """
+    if fields:
+        fields = {**fields, "activations": "int4_absmean"}
+    precision, row_parallel = granular(arm, kind, **fields)
+    context = Context(None if strength is None else np.float32(strength))
+    x = operands(precision)[0]
+    widths, kernels, gs = (24, 12, 36), [], []
+    for i, width in enumerate(widths):
+        kernel = 10.0**-i * gaussian(D, width, seed=10 + i)
+        step = None
+        if precision.weight_quantizer.learned:
+            quantizer, blocks = precision.weight_quantizer, precision.granularity
+            step = initial_step(quantizer, blocks, kernel, row_parallel)
+        kernels.append(Weights(kernel.astype(np.float32), step))
+        gs.append(gaussian(2, 7, width, seed=20 + i).astype(precision.compute_dtype))
+    kernels, gs = tuple(kernels), tuple(np.float32(g) for g in gs)
+    ys, dx, d_weights = several(x, kernels, context, gs, precision, row_parallel)
+    total, magnitude = 0, 0
+    for i, (w, g) in enumerate(zip(kernels, gs, strict=True)):
+        one = forward_and_gradients(x, w.kernel, w.step, context, g, precision, row_parallel)
+        np.testing.assert_array_equal(ys[i], one[0])
+        np.testing.assert_array_equal(d_weights[i].kernel, one[2])
+        if w.step is not None:
+            np.testing.assert_array_equal(d_weights[i].step, one[3])
+        total, magnitude = total + np.float64(one[1]), magnitude + np.abs(one[1])
+    assert_within(dx, total, 4 * 2**-24 * magnitude)
+    assert np.abs(dx).max() > 0 and len(ys) == 3
+    if precision.quantized:
+        last = quantize_kernel(
+            precision.weight_quantizer, precision.granularity, kernels[2].kernel, row_parallel,
+            kernels[2].step,
+        )  # fmt: skip
+        known = (*kernels[:2], kernels[2]._replace(quantized=last))
+        given = several(x, known, context, gs, precision, row_parallel)
+        for a, b in zip(jax.tree.leaves(given[:2]), jax.tree.leaves((ys, dx)), strict=True):
+            np.testing.assert_allclose(np.float32(a), np.float32(b), rtol=1e-5)
+
+
+def test_several_kernels_draw_by_themselves():
+    """Of one key, each rounds by draws of its own: equal kernels then have unequal products."""
+    precision = float_arm("int4_absmax", estimator="stochastic")
+    x, w, _ = operands(precision)
+    context = Context(None, fast_key(0))
+    first, second = quantized_dots(x, (Weights(w), Weights(w)), context, precision)
+    assert np.mean(np.asarray(first) != second) > 0.9
 
 
 # ---- Bad values --------------------------------------------------------------------------------

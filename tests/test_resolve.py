@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bitnet_jax.configs import default
-from bitnet_jax.configs.resolve import SHAPE_KEYS, loop_options, resolve
+from bitnet_jax.configs.resolve import SHAPE_KEYS, group_size, loop_options, resolve
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.optim import OptimizerConfig, Schedule, tuned_peak_lr
 from bitnet_jax.phases import Phases
@@ -88,6 +88,13 @@ BAD = [
     ({"eval.every": -1}, "eval.every=-1", "must not be negative"),
     ({"checkpoint.seconds": -1.0}, "checkpoint.seconds=-1.0", "must not be negative"),
     ({"tracking.wandb": "yes"}, "tracking.wandb='yes'", "online, offline, disabled"),
+    *(({f"launch.{k}": v}, f"launch.{k}={v}", "at least 1")
+      for k in ("group", "dispatch") for v in (0, -2)),
+    ({"launch.resident_bytes": -1}, "launch.resident_bytes=-1", "must not be negative"),
+    ({"model.attention": "flash"}, "model.attention='flash'", "choose from blocks, cudnn"),
+    *(({"model.attention": "cudnn", **more}, "model.attention='cudnn'",
+       "NVIDIA GPU, a 16-bit arm and heads of up to 128 in multiples of 8")
+      for more in ({}, {"precision": "bf16"})),
 ]  # fmt: skip
 
 
@@ -97,6 +104,7 @@ def test_mistakes(tiny_config, tiny_corpus, overrides, key, right):
     with pytest.raises(ConfigError) as error:
         resolve(config, tiny_corpus)
         loop_options(config)
+        group_size(config)
     message = str(error.value)
     assert message.startswith(key) and right in message[len(key) :]
     assert "\n" not in message and len(message) < 300
@@ -212,3 +220,36 @@ def test_loop_options(tiny_config):
     other = {"log.layers": False, "log.gradient_sample": 5, "checkpoint.keep_model": False}
     options = loop_options(tiny_config(other))
     assert (options.log_layers, options.gradient_sample, options.keep_model) == (False, 5, False)
+
+
+@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("backend", ["cpu", "gpu"])
+def test_how_runs_are_laid_on_the_machine(tiny_config, monkeypatch, backend, devices):
+    """Where nothing is said: one run and one step on a CPU, elsewhere 8 a device and 16."""
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    monkeypatch.setattr("jax.device_count", lambda: devices)
+    plain, options = tiny_config(), loop_options(tiny_config())
+    expected = (1, 1) if backend == "cpu" else (8 * devices, 16)
+    assert (group_size(plain), options.dispatch) == expected
+    said = tiny_config({f"launch.{k}": 3 for k in ("group", "dispatch", "resident_bytes")})
+    options = loop_options(said)
+    assert (group_size(said), options.dispatch, options.resident_bytes) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "arm, width, good",
+    [("ternary", 16, True), ("bf16", 256, True), ("fp16", 16, True), ("bf16", 272, False),
+     ("bf16", 24, False), ("fp32", 16, False)],
+)  # fmt: skip
+def test_the_flash_kernel_where_it_runs(tiny_config, tiny_corpus, monkeypatch, arm, width, good):
+    """On a GPU, with 16 bits, and heads of up to 128 in multiples of 8: here two of width/2."""
+    monkeypatch.setattr("jax.default_backend", lambda: "gpu")
+    flash = tiny_config({"model.attention": "cudnn", "model.width": width, "precision": arm})
+    if not good:
+        with pytest.raises(ConfigError, match=r"^model.attention='cudnn': .* multiples of 8"):
+            resolve(flash, tiny_corpus)
+        return
+    spec = resolve(flash, tiny_corpus)
+    assert spec.step.model.attention == "cudnn"
+    flash.model.attention = "blocks"
+    assert resolve(flash, tiny_corpus).run_id == spec.run_id, "it changes a run by rounding alone"

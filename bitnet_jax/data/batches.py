@@ -6,6 +6,7 @@ next, so that every token but the first is a target exactly once.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import grain
@@ -63,10 +64,15 @@ class RowReader:
     """
 
     def __init__(
-        self, tokens: Integer[np.ndarray, " tokens"], sequence_length: int, resident_bytes: int
+        self,
+        tokens: Integer[np.ndarray, " tokens"],
+        sequence_length: int,
+        resident_bytes: int,
+        put: Callable[[np.ndarray], Any] = jax.device_put,
     ):
-        self.resident = tokens.nbytes <= resident_bytes
-        self._tokens = jax.device_put(np.asarray(tokens)) if self.resident else tokens
+        # Where rows begin is an int32 on the device.
+        self.resident = tokens.nbytes <= resident_bytes and len(tokens) <= 2**31
+        self._tokens = put(np.asarray(tokens)) if self.resident else tokens
         self._sequence_length = sequence_length
 
     def __call__(self, starts: Int64[np.ndarray, "*B"]) -> tuple[Any, Int32[np.ndarray, "*B"]]:

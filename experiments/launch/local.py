@@ -109,8 +109,11 @@ def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
     for run in runs:
         if run.finished:
             continue
-        kind = groups.setdefault((run.spec.group, loop_options(run.config)), [])
-        if not kind or len(kind[-1]) == group_size(run.config):
+        size = group_size(run.config)
+        # A run that is half done does not go back to the start for the sake of a new one.
+        key = run.spec.group, loop_options(run.config), size, run.started
+        kind = groups.setdefault(key, [])
+        if not kind or len(kind[-1]) == size:
             kind.append([])
             order.append(kind[-1])
         kind[-1].append(run)
