@@ -254,11 +254,22 @@ def _largest_sum(precision: Precision, terms: int) -> int:
 def _backward(precision, row_parallel, r, gs):
     dx = sum(_dx(precision, k.operand, g) for k, g in zip(r.kernels, gs, strict=True))
     dx = estimators.apply_mask(r.mask, dx, r.strength).astype(r.like.dtype)
-    x = _rows_last(r.x.codes).astype(precision.compute_dtype)
+    x = _rows_last(r.x.codes)
+    if _scales_x(precision, r):
+        x = x.astype(jnp.float32) * r.x.scale.reshape(1, -1)
+    x = x.astype(precision.compute_dtype)
     cotangents = tuple(
         _d_weights(precision, row_parallel, r, x, k, g) for k, g in zip(r.kernels, gs, strict=True)
     )
     return dx, cotangents, None
+
+
+def _scales_x(precision: Precision, r: _Residuals) -> bool:
+    """A token's scale multiplies a row of x, so it may as well multiply that row of g.
+
+    x is there once for all kernels. But float16 ends at 65504, which a token's values may pass.
+    """
+    return r.x.codes.dtype == jnp.int8 and precision.compute_dtype != jnp.float16
 
 
 def _dx(precision: Precision, w: Quantized, g: Float[Array, "*B F"]) -> Float[Array, "*B D"]:
@@ -270,8 +281,7 @@ def _dx(precision: Precision, w: Quantized, g: Float[Array, "*B F"]) -> Float[Ar
 
 
 def _d_weights(precision, row_parallel, r: _Residuals, x, k: _Kernel, g) -> Weights:
-    # A token's scale multiplies a row of x, so it may as well multiply that row of g.
-    if r.x.codes.dtype == jnp.int8:
+    if r.x.codes.dtype == jnp.int8 and not _scales_x(precision, r):
         g = (g * r.x.scale).astype(precision.compute_dtype)
     dw = code_dot(x, g.reshape(-1, g.shape[-1]), precision, ((1,), (0,)))
     d_step = None

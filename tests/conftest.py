@@ -2,6 +2,7 @@
 
 import os
 import random
+from pathlib import Path
 
 os.environ["WANDB_MODE"] = "disabled"
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -14,6 +15,11 @@ from bitnet_jax.data import load, prepare  # noqa: E402
 
 # Silent broadcasting of ranks hides shape mistakes.
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# Compiling takes most of the time. Workers side by side, and later runs, share what is compiled.
+PROGRAMS = Path(__file__).parent.parent / ".pytest_cache" / "programs"
+jax.config.update("jax_compilation_cache_dir", str(PROGRAMS))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 # A corpus and a run that train within a second, for the tests of whole runs. Every test that keeps
 # the model, arm and optimizer of `tiny_config` shares one compiled program with the others.
