@@ -47,6 +47,14 @@ class LoopOptions:
     wandb_mode: str | None = None
     wandb_project: str = "bitnet_jax"
 
+    @property
+    def slots(self) -> int:
+        """Steps that the compiled program has room for.
+
+        Never one: XLA would take that axis off, fuse otherwise and round otherwise.
+        """
+        return max(2, self.dispatch)
+
 
 @dataclasses.dataclass(frozen=True)
 class Job:

@@ -89,16 +89,16 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     For another thread, while the device trains something else. Only of use where
     `programs.keep_programs` has said where.
     """
-    data, dispatch = spec.data, options.dispatch
+    data, slots = spec.data, options.slots
     seeds = jax.ShapeDtypeStruct((runs,), jnp.int32)
     init = programs.compiled_init(spec.step, runs)
     init.lower(seeds).compile()
     state = programs.place(jax.eval_shape(init, seeds), runs)
     put = functools.partial(programs.replicate, runs=runs)
     reader = RowReader(corpus.train, data.sequence_length, options.resident_bytes, put)
-    rows = reader(np.zeros((runs, dispatch, spec.batch_size), np.int64))
-    rates = np.zeros((runs, dispatch), np.float32)
-    schedule = programs.Schedule(rates, rates, rates[0], np.zeros(dispatch, bool))
+    rows = reader(np.zeros((runs, slots, spec.batch_size), np.int64))
+    rates = np.zeros((runs, slots), np.float32)
+    schedule = programs.Schedule(rates, rates, rates[0], np.zeros(slots, bool))
     for program in spec.phases.programs(spec.step):
         steps = programs.compiled_steps(program, runs, data.sequence_length)
         steps.lower(state, *rows, schedule, np.int32(0)).compile()
@@ -209,9 +209,9 @@ class _Loop:
         self.tick += count
 
     def _padded(self, values: Any) -> np.ndarray:
-        """Along the steps, to as many as a call can make."""
+        """Along the steps, to as many as a call has room for."""
         values = np.asarray(values)
-        short = self.options.dispatch - len(values)
+        short = self.options.slots - len(values)
         return np.pad(values, [(0, short)] + [(0, 0)] * (values.ndim - 1))
 
     def _schedule(self, steps: range, segment: Segment) -> programs.Schedule:

@@ -10,6 +10,7 @@ import signal
 import traceback
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import zip_longest
 from types import FrameType
 from typing import Any
 
@@ -61,7 +62,7 @@ def train_all(
     failures = {}
     groups = grouped(plan.runs)
     with ThreadPoolExecutor(max_workers=1) as background:
-        for group, following in zip(groups, [*groups[1:], None], strict=True):
+        for group, following in zip_longest(groups, groups[1:]):
             display.start(group)
             if following and _program(following) != _program(group):
                 background.submit(_compile_ahead, plan, following)
