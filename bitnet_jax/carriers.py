@@ -16,7 +16,7 @@ CARRIERS = ("auto", "bfloat16", "int8")
 # int8's time over bfloat16's for the forward products of a block, by device, the median over the
 # shapes of a few sizes and where it came from. A device that is not here has not been measured.
 MEASURED = {
-    "cpu, AVX512-BF16": 1.3,  # 2 cores, AMD EPYC; 27k to 24m, results/cpu-2core/benchmark
+    "cpu, AVX512-BF16": 1.2,  # 2 cores, AMD EPYC: 1.1 to 1.4 at 95k, 7m, 24m
     "cpu, AMX": 0.8,  # 2 cores, Intel; a prototype at width 256, on an idle machine
 }
 
