@@ -25,8 +25,8 @@ class Weights(NamedTuple):
     """A kernel of a quantized product.
 
     step: learned scales of the kernel, where the weight quantizer has them.
-    quantized: the kernel's codes and scales where they are known already, as they are to all
-      microbatches of a step but the first; None quantizes here.
+    quantized: the kernel's codes and scales where they are known already, as where they are made
+      once for all microbatches of a step; None quantizes here.
     """
 
     kernel: Float[Array, "D F"]

@@ -94,9 +94,7 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     init = programs.compiled_init(spec.step, runs)
     init.lower(seeds).compile()
     state = programs.place(jax.eval_shape(init, seeds), runs)
-    put = functools.partial(programs.replicate, runs=runs)
-    reader = RowReader(corpus.train, data.sequence_length, options.resident_bytes, put)
-    rows = reader(np.zeros((runs, slots, spec.batch_size), np.int64))
+    rows = _reader(spec, runs, corpus, options)(np.zeros((runs, slots, spec.batch_size), np.int64))
     rates = np.zeros((runs, slots), np.float32)
     schedule = programs.Schedule(rates, rates, rates[0], np.zeros(slots, bool))
     for program in spec.phases.programs(spec.step):
@@ -109,6 +107,11 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
         observe.lower(state.snapshots, state.params).compile()
 
 
+def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> RowReader:
+    put = functools.partial(programs.replicate, runs=runs)
+    return RowReader(corpus.train, spec.data.sequence_length, options.resident_bytes, put)
+
+
 class _Loop:
     """A group while it trains. `state` is what the next step starts from, a runs axis leading."""
 
@@ -117,10 +120,9 @@ class _Loop:
         if {job.spec.group for job in jobs} != {self.spec.group}:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
         self.segments = self.spec.segments
-        sequence_length = self.spec.data.sequence_length
-        put = functools.partial(programs.replicate, runs=self.runs)
-        self.reader = RowReader(corpus.train, sequence_length, options.resident_bytes, put)
-        self.rows = validation_rows(corpus.valid, sequence_length, self.spec.data.eval_tokens)
+        data = self.spec.data
+        self.reader = _reader(self.spec, self.runs, corpus, options)
+        self.rows = validation_rows(corpus.valid, data.sequence_length, data.eval_tokens)
         self.members = [Member(job, corpus, options) for job in jobs]
         self.tick = 0
         self.stash: TrainState | None = None

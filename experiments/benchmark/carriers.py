@@ -2,6 +2,7 @@
 
 import math
 import statistics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -45,21 +46,25 @@ def _measure(workload: Workload, size: str) -> Result:
         for carrier in WAYS
     }
     rows = [
-        {
-            "suite": "carriers",
-            "size": size,
-            "case": _name(shape, carrier),
-            "seconds": statistics.median(seconds[_name(shape, carrier)]),
-            "flops_per_s": 2
-            * workload.batch_tokens
-            * math.prod(shape)
-            / statistics.median(seconds[_name(shape, carrier)]),
-            "rounds_seconds": seconds[_name(shape, carrier)],
-        }
+        _row(workload, size, shape, carrier, seconds[_name(shape, carrier)])
         for shape, carrier in kinds
     ]
     name = f"carrier_time/int8/bfloat16{workload.suffix(size)}"
     return Result({name: ratio(block["int8"], block["bfloat16"])}, rows, [])
+
+
+def _row(
+    workload: Workload, size: str, shape: tuple[int, int], carrier: str, seconds: list[float]
+) -> dict[str, Any]:
+    median = statistics.median(seconds)
+    return {
+        "suite": "carriers",
+        "size": size,
+        "case": _name(shape, carrier),
+        "seconds": median,
+        "flops_per_s": 2 * workload.batch_tokens * math.prod(shape) / median,
+        "rounds_seconds": seconds,
+    }
 
 
 def _name(shape: tuple[int, int], carrier: str) -> str:
