@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from bitnet_jax.layout import moved
 from bitnet_jax.saving import mark
 
 IMPLEMENTATIONS = ("blocks", "cudnn")
@@ -84,16 +85,20 @@ def _attend_backward(residuals, g):
     """d scores = p * (dp - sum(p dp)), where sum(p dp) = g . y (FlashAttention, appendix B.2)."""
     q, k, v, all_weights, y = residuals
     inner = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
-    dq, dk, dv = [], jnp.zeros(k.shape, jnp.float32), jnp.zeros(v.shape, jnp.float32)
-    for weights, (start, end) in zip(all_weights, _blocks(q.shape[3]), strict=True):
+    length, dq = q.shape[3], []
+    dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], length), jnp.float32)  # heads before keys
+    for weights, (start, end) in zip(all_weights, _blocks(length), strict=True):
         rows = _rows(g, start, end)
         d_weights = _product(rows, v[:, :, :end], 3, 3) - _rows(inner, start, end)
         d_scores = (weights.astype(jnp.float32) * d_weights).astype(q.dtype)
         block = _product(d_scores, k[:, :, :end], 3, 2)
         dq.append(block.reshape(*q.shape[:3], end - start, q.shape[4]))
-        unseen = ((0, 0), (0, 0), (0, q.shape[3] - end), (0, 0))
-        dk += jnp.pad(_product(d_scores, _rows(q, start, end), 2, 2), unseen)
-        dv += jnp.pad(_product(weights, rows, 2, 2), unseen)
+        unseen = ((0, 0), (0, 0), (0, 0), (0, length - end))
+        # Of the two operands the smaller one is moved.
+        dk += jnp.pad(_product(moved(_rows(q, start, end)), d_scores, 3, 2), unseen)
+        dv += jnp.pad(_product(moved(rows), weights, 3, 2), unseen)
+    # Without the barrier XLA would fold the transpose into a product that a CPU cannot do.
+    dk, dv = (jnp.swapaxes(jax.lax.optimization_barrier(d), 2, 3) for d in (dk, dv))
     dq = jnp.concatenate(dq, axis=3)
     return dq.astype(q.dtype), dk.astype(k.dtype), dv.astype(v.dtype)
 

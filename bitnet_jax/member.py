@@ -32,6 +32,7 @@ class LoopOptions:
     gradient_sample: weights on which an endpoint's gradient is compared with finite differences.
     checkpoint_seconds: between checkpoints.
     keep_model: write the last endpoint's parameters.
+    parallel: programs that share the machine while this one trains.
     dispatch: optimizer steps a call of the compiled program, at most.
     resident_bytes: token files of up to this size are put on the device.
     """
@@ -42,6 +43,7 @@ class LoopOptions:
     gradient_sample: int = 0
     checkpoint_seconds: float = 60.0
     keep_model: bool = True
+    parallel: int = 1
     dispatch: int = 1
     resident_bytes: int = 2**30
     wandb_mode: str | None = None

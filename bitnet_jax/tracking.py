@@ -80,6 +80,7 @@ class Wandb:
             config=config,
             mode=mode,  # type: ignore[arg-type]
             resume="allow" if mode == "online" else None,
+            reinit="create_new",  # other runs may be open, of this group or beside it
             settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
         )
 

@@ -346,10 +346,10 @@ class _Loop:
             member.progress.tick, member.progress.skips = self.tick, 0
 
     def _tick_clock(self) -> None:
-        """Seconds of training so far, over all launches; a run's share of its group's."""
+        """Seconds of training so far, over all launches; a run's share of the machine's."""
         now = time.monotonic()
         for member in self.members:
-            member.progress.wall_s += (now - self.clock) / self.runs
+            member.progress.wall_s += (now - self.clock) / (self.runs * self.options.parallel)
         self.clock = now
 
     def _save(self) -> None:

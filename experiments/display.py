@@ -94,9 +94,8 @@ class SweepDisplay:
     def __init__(self, screen: Console, plan: Plan):
         self._screen, self._plan = screen, plan
         self._todo = float(sum(r.spec.total_flops for r in plan.runs if not r.finished))
-        self._done = 0.0  # FLOPs of the runs completed in this launch
+        self._done: dict[str, float] = {}  # FLOPs of this launch, by run
         self._began = time.monotonic()
-        self._last_line = 0.0
         self._bars: Progress | None = None
 
     @contextlib.contextmanager
@@ -112,43 +111,65 @@ class SweepDisplay:
             TextColumn("{task.fields[text]}"),
         )
         with Progress(*columns, console=self._screen, transient=True) as self._bars:
-            self._run_bar = self._bars.add_task("", total=1.0, text="", visible=False)
             self._sweep_bar = self._bars.add_task("sweep", total=1.0, text="")
             yield
         self._bars = None
 
-    def start(self, group: Sequence[PlannedRun]) -> None:
-        """Runs begin that train side by side; often a single one."""
-        self._group, self._run_began = group, time.monotonic()
-        self._first: tuple[int, float] | None = None  # where this launch's rate is counted from
+    def start(self, group: Sequence[PlannedRun]) -> "GroupProgress":
+        """Runs begin that train as one program; often a single one."""
+        return GroupProgress(self, group, self._screen, self._bars)
+
+    def number(self, run: PlannedRun) -> str:
+        """Its place in the plan."""
+        return f"[{self._plan.runs.index(run) + 1}/{len(self._plan.runs)}]"
+
+    def advance(self, runs: Sequence[PlannedRun], share: float) -> str:
+        """Runs are so far; what is left of the sweep, in words."""
+        self._done.update({run.spec.run_id: share * run.spec.total_flops for run in runs})
+        done = sum(self._done.values())
+        left = _left(
+            (self._todo - done) * (time.monotonic() - self._began) / done if done else None
+        )
         if self._bars:
+            self._bars.update(self._sweep_bar, completed=done / self._todo, text=left)
+        return left
+
+
+class GroupProgress:
+    """Progress of runs that train as one program; several such may train side by side."""
+
+    def __init__(
+        self,
+        sweep: SweepDisplay,
+        group: Sequence[PlannedRun],
+        screen: Console,
+        bars: Progress | None,
+    ):
+        self._sweep, self._group, self._screen, self._bars = sweep, group, screen, bars
+        self._began = time.monotonic()
+        self._last_line = self._began
+        self._first: tuple[int, float] | None = None  # where this launch's rate is counted from
+        self._unfinished = len(group)
+        others = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        self._name = f"{sweep.number(group[0])} {group[0].spec.run_id}{others}"
+        if bars:
             spec = group[0].spec
-            name = f"{self._number(group[0])} {spec.size} {spec.step.precision.name}{self._more}"
-            self._bars.update(
-                self._run_bar, description=name, completed=0, text="compiling", visible=True
-            )
+            name = f"{sweep.number(group[0])} {spec.size} {spec.step.precision.name}{others}"
+            self._bar = bars.add_task(name, total=1.0, text="compiling")
 
     def watch(self, report: Report) -> None:
-        """A run reports."""
+        """A group reports."""
         now, share = time.monotonic(), report.tick / report.total_ticks
         self._first = self._first or (report.tick, now)
         ticks, seconds = report.tick - self._first[0], now - self._first[1]
         left = (report.total_ticks - report.tick) * seconds / ticks if ticks else None
-        done = self._done + share * sum(run.spec.total_flops for run in self._group)
-        sweep_left = (self._todo - done) * (now - self._began) / done if done else None
-        text = self._numbers(report, left)
+        text, sweep_left = self._numbers(report, left), self._sweep.advance(self._group, share)
         if self._bars:
-            self._bars.update(self._run_bar, completed=share, text=text)
-            share_done = done / self._todo
-            self._bars.update(self._sweep_bar, completed=share_done, text=_left(sweep_left))
+            self._bars.update(self._bar, completed=share, text=text)
         elif now - self._last_line > 10:
             self._last_line = now
-            self._screen.print(
-                f"  {self._number(self._group[0])} {self._group[0].spec.run_id}{self._more}  "
-                f"{share:4.0%}  {text}, sweep {_left(sweep_left)}",
-                soft_wrap=True,
-                markup=False,
-            )
+            line = f"  {self._name}  {share:4.0%}  {text}, sweep {sweep_left}"
+            self._screen.print(line, soft_wrap=True, markup=False)
 
     def _numbers(self, report: Report, left: float | None) -> str:
         loss = f"{report.loss:.3f} nats" if report.loss is not None else "not finite"
@@ -158,18 +179,13 @@ class SweepDisplay:
 
     def finish(self, run: PlannedRun, text: str) -> None:
         """A run ended; leave a line of it."""
-        self._done += run.spec.total_flops
-        took = duration(time.monotonic() - self._run_began)
-        line = f"{self._number(run)} {run.spec.run_id}  {text}  ({took})"
+        self._sweep.advance([run], 1.0)
+        took = duration(time.monotonic() - self._began)
+        line = f"{self._sweep.number(run)} {run.spec.run_id}  {text}  ({took})"
         self._screen.print(line, soft_wrap=True, markup=False)
-
-    def _number(self, run: PlannedRun) -> str:
-        return f"[{self._plan.runs.index(run) + 1}/{len(self._plan.runs)}]"
-
-    @property
-    def _more(self) -> str:
-        others = len(self._group) - 1
-        return f" and {others} more" if others else ""
+        self._unfinished -= 1
+        if self._bars and not self._unfinished:
+            self._bars.remove_task(self._bar)
 
 
 def _left(seconds: float | None) -> str:

@@ -83,13 +83,12 @@ def test_what_is_shown_of_a_group(planned, tmp_path, tiny_corpus, monkeypatch):
     monkeypatch.setattr(display.time, "monotonic", lambda: next(clock))
     show = display.SweepDisplay(screen, plan)
     with show.live():
-        show.start(runs[:3])
-        show.watch(Report(22, 44, 3.0, 1e5))
+        three, one = show.start(runs[:3]), show.start(runs[3:])
+        three.watch(Report(22, 44, 3.0, 1e5))
         for run in runs[:3]:
-            show.finish(run, "done")
-        show.start(runs[3:])
-        show.watch(Report(11, 44, None, None))
-        show.finish(runs[3], "DIVERGED")
+            three.finish(run, "done")
+        one.watch(Report(11, 44, None, None))
+        one.finish(runs[3], "DIVERGED")
     half, *three, quarter, last = screen.export_text().splitlines()
     assert f"[1/4] {runs[0].spec.run_id} and 2 more" in half
     assert "50%  step 22/44  loss 3.000 nats  100k tok/s" in half
@@ -98,7 +97,7 @@ def test_what_is_shown_of_a_group(planned, tmp_path, tiny_corpus, monkeypatch):
     assert "[4/4]" in quarter and "more" not in quarter and "loss not finite" in quarter
     assert "[4/4]" in last and "DIVERGED" in last
     # Three of four runs half done: as much again is 5/3 of what it took.
-    assert show._done == show._todo == 4 * runs[0].spec.total_flops
+    assert sum(show._done.values()) == show._todo == 4 * runs[0].spec.total_flops
 
 
 SWEEP = """

@@ -102,6 +102,9 @@ def get_config() -> ConfigDict:
     c.launch.group = config_dict.placeholder(
         int
     )  # runs of a shape and arm trained as one program; default: 1 on a CPU, else 8 a device
+    c.launch.parallel = config_dict.placeholder(
+        int
+    )  # programs that train side by side, in threads; default: 2 on a CPU of several cores, else 1
     c.launch.dispatch = config_dict.placeholder(
         int
     )  # optimizer steps a call of the compiled program; default: 1 on a CPU, else 16

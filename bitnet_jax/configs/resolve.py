@@ -6,6 +6,7 @@ Each failure is a ConfigError of one line that names the key, its value and what
 import dataclasses
 import hashlib
 import math
+import os
 
 import jax
 from ml_collections import ConfigDict
@@ -114,6 +115,7 @@ def loop_options(config: ConfigDict) -> LoopOptions:
     return LoopOptions(
         log_every=config.log.every,
         eval_every=config.eval.every,
+        parallel=parallel(config),
         checkpoint_seconds=seconds,
         log_layers=config.log.layers,
         gradient_sample=config.log.gradient_sample,
@@ -132,6 +134,15 @@ def group_size(config: ConfigDict) -> int:
       ConfigError: fewer than one.
     """
     return _launch(config, "group", on_cpu=1, elsewhere=8 * jax.device_count())
+
+
+def parallel(config: ConfigDict) -> int:
+    """How many groups train side by side, each a program of its own.
+
+    Raises:
+      ConfigError: fewer than one.
+    """
+    return _launch(config, "parallel", on_cpu=min(2, os.cpu_count() or 1), elsewhere=1)
 
 
 def _launch(config: ConfigDict, name: str, on_cpu: int, elsewhere: int) -> int:

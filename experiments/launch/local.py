@@ -1,25 +1,27 @@
-"""Train a plan's runs in this process: groups of one shape and arm, one group after another.
+"""Train a plan's runs in this process, in groups of one shape and arm.
 
 An accelerator trains the small models of a group side by side, as one program. A CPU trains them no
-faster so: there a group is a single run. Either way one long-lived process compiles each shape and
-arm once and serves every run of it.
+faster so: there a group is a single run, but two of them share its cores, since the operations of a
+small model are too short to occupy several. Either way one long-lived process compiles each shape
+and arm once and serves every run of it.
 """
 
+import collections
 import contextlib
 import signal
+import threading
 import traceback
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
-from bitnet_jax.configs.resolve import group_size, loop_options
+from bitnet_jax.configs.resolve import group_size, loop_options, parallel
 from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
-from bitnet_jax.train import Interrupted, compile_ahead, train_group
-from experiments.display import SweepDisplay
+from bitnet_jax.train import Interrupted, Report, compile_ahead, train_group
+from experiments.display import GroupProgress, SweepDisplay
 from experiments.plan import Plan, PlannedRun, first_line
 
 
@@ -59,23 +61,79 @@ def train_all(
     Raises:
       Interrupted: should_stop said so; the plan goes on from there when launched again.
     """
-    failures = {}
-    groups = grouped(plan.runs)
-    with ThreadPoolExecutor(max_workers=1) as background:
-        for group, following in zip_longest(groups, groups[1:]):
-            display.start(group)
-            if following and _program(following) != _program(group):
-                background.submit(_compile_ahead, plan, following)
+    return _Launch(plan, display, should_stop).run()
+
+
+class _Launch:
+    """Groups on their way: each worker, a thread, takes the next one until none is left."""
+
+    def __init__(
+        self, plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]
+    ) -> None:
+        self._plan, self._display, self._should_stop = plan, display, should_stop
+        self._waiting = collections.deque(grouped(plan.runs))
+        self._workers = max((parallel(group[0].config) for group in self._waiting), default=1)
+        self._taking = threading.Lock()
+        self._background = ThreadPoolExecutor(max_workers=1)
+        self._compiling: dict[tuple, Future] = {}  # by program
+        self._stopped = False
+        self._failures: dict[str, list[dict[str, Any]]] = {}
+
+    def run(self) -> dict[str, list[dict[str, Any]]]:
+        others = max(self._workers - 1, 1)
+        with self._background, ThreadPoolExecutor(max_workers=others) as threads:
+            futures = [threads.submit(self._work) for _ in range(self._workers - 1)]
             try:
-                summaries = _train(plan, group, display, should_stop)
-            except (Interrupted, KeyboardInterrupt):
+                self._work()  # in the main thread, which is the one that signals interrupt
+            except KeyboardInterrupt:
+                self._stopped = True
+                raise
+            for future in futures:
+                future.result()
+        return self._failures
+
+    def _work(self) -> None:
+        while (group := self._take()) is not None:
+            progress = self._display.start(group)
+            try:
+                summaries = _train(self._plan, group, progress.watch, self._stop)
+            except Interrupted:
+                self._stopped = True
                 raise
             except Exception as error:
-                failures.update(_fail(group, error, display))
+                self._failures.update(_fail(group, error, progress))
             else:
                 for run, summary in zip(group, summaries, strict=True):
-                    display.finish(run, _outcome(summary))
-    return failures
+                    progress.finish(run, _outcome(summary))
+
+    def _stop(self, tick: int) -> bool:
+        """What one worker has been told holds for all."""
+        return self._stopped or self._should_stop(tick)
+
+    def _take(self) -> list[PlannedRun] | None:
+        """The next group, whose programs are there, are being made, or are for it to make."""
+        with self._taking:
+            if self._stopped or not self._waiting:
+                return None
+            group = self._waiting.popleft()
+            own = self._compiling.setdefault(_program(group), _done())
+            if self._waiting:
+                self._compile_ahead(self._waiting[0])
+        if not own.cancel():
+            own.result()
+        return group
+
+    def _compile_ahead(self, group: list[PlannedRun]) -> None:
+        program = _program(group)
+        if program not in self._compiling:
+            task = self._background.submit(_compile_ahead, self._plan, group)
+            self._compiling[program] = task
+
+
+def _done() -> Future:
+    future: Future = Future()
+    future.set_result(None)
+    return future
 
 
 def _program(group: list[PlannedRun]) -> tuple:
@@ -90,7 +148,7 @@ def _compile_ahead(plan: Plan, group: list[PlannedRun]) -> None:
 
 
 def _fail(
-    group: list[PlannedRun], error: Exception, display: SweepDisplay
+    group: list[PlannedRun], error: Exception, progress: GroupProgress
 ) -> dict[str, list[dict[str, Any]]]:
     """Leave the traceback with every run of the group. Called while the error is handled."""
     rows = {}
@@ -98,7 +156,7 @@ def _fail(
         path = run.directory / "failure.txt"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(traceback.format_exc())
-        display.finish(run, f"FAILED: {first_line(error)}; see {path}")
+        progress.finish(run, f"FAILED: {first_line(error)}; see {path}")
         rows[run.spec.run_id] = _failed_rows(run)
     return rows
 
@@ -124,14 +182,14 @@ def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
 def _train(
     plan: Plan,
     group: list[PlannedRun],
-    display: SweepDisplay,
+    watch: Callable[[Report], None],
     should_stop: Callable[[int], bool],
 ) -> list[dict[str, Any]]:
     return train_group(
         [Job(run.spec, run.directory, run.config.to_dict()) for run in group],
         plan.corpus,
         loop_options(group[0].config),
-        watch=display.watch,
+        watch=watch,
         should_stop=should_stop,
     )
 
