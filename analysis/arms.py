@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from analysis.fit import Fit, fit
+from analysis.fitting import Fit, fit
 from analysis.laws import get_law
 from analysis.tables import COLUMNS, AnalysisError, finished, points
 

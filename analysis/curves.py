@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from analysis.fit import INTERVAL, Fit
+from analysis.fitting import INTERVAL, Fit
 from analysis.laws import frontier
 from analysis.tables import COLUMNS
 

@@ -20,7 +20,7 @@ from matplotlib.patheffects import withStroke
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.curves import loss_against_compute
-from analysis.fit import Fit
+from analysis.fitting import Fit
 from analysis.tables import COLUMNS, count_text, finished
 
 if TYPE_CHECKING:

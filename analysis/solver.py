@@ -1,27 +1,35 @@
-"""The search for a law's parameters: many starts and resamples descend together, in float64.
+"""The search for a law's parameters: thousands of starts and resamples descend together.
 
 Every objective is a sum of Huber losses of residuals r = log(predicted) - log(measured), or of
 predicted - measured: least squares is the limit of a wide delta, least absolute deviation that of a
-narrow one. Parameters are searched as logarithms, for inputs divided by their geometric means.
+narrow one. A search is a row of a batch: its start, its points' weights and losses, its bounds. The
+batch is cut into blocks, which a few threads take through one compiled program, in float64.
 
 Arrays: S searches side by side, P points, K parameters.
 """
 
+import functools
 import math
+import os
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
-from analysis.laws import Law
+from analysis.laws import COUNTS, Law, Params
 
 SEARCHED_STARTS = 64
+CERTIFIED = 1e-6  # of the gradient: see Descent
 _SAME_OPTIMUM = 1e-6  # relative difference of objectives
 _EXACT = 1e-20  # squared residual that is rounding alone
-_COMPLEX_STEP = 1e-30
-_MOST_STEPS = 200
-_PATIENCE = 8  # steps without progress before a descent ends
-_PROGRESS = 1e-13
+_MOST_STEPS = 300
+_ROUND = 16  # steps of a compiled call
+_BLOCK = 64  # searches of a compiled call: their residuals and Jacobians stay in the cache
+_PAD = 16  # points are padded to a multiple, so that tables of nearby sizes share a program
 
 
 @dataclass(frozen=True)
@@ -33,17 +41,23 @@ class Objective:
     value: Callable[[np.ndarray], float]
 
 
-def _huber(r: np.ndarray, delta: float) -> np.ndarray:
-    if math.isinf(delta):
-        return 0.5 * r**2
-    size = np.abs(r)
-    return np.where(size <= delta, 0.5 * r**2, delta * (size - 0.5 * delta))
+def _huber(r: Any, delta: Any) -> Any:
+    size = jnp.abs(r)
+    capped = jnp.minimum(size, delta)
+    return capped * (size - 0.5 * capped)
 
 
 HUBER_DELTA = 1e-3  # Hoffmann et al. 2022, eq. 3
 _NARROWING = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+
+
+def _huber_sum(r: np.ndarray) -> float:
+    capped = np.minimum(np.abs(r), HUBER_DELTA)
+    return float((capped * (np.abs(r) - 0.5 * capped)).sum())
+
+
 OBJECTIVES: dict[str, Objective] = {
-    "huber": Objective(True, (HUBER_DELTA,), lambda r: float(_huber(r, HUBER_DELTA).sum())),
+    "huber": Objective(True, (HUBER_DELTA,), _huber_sum),
     "lad": Objective(True, _NARROWING, lambda r: float(np.abs(r).sum())),
     "log_mse": Objective(True, (math.inf,), lambda r: float(np.mean(r**2))),
     "mse": Objective(False, (math.inf,), lambda r: float(np.mean(r**2))),
@@ -52,153 +66,348 @@ OBJECTIVES: dict[str, Objective] = {
 
 @dataclass(frozen=True)
 class Problem:
-    """A law and its points in scaled units, where inputs and losses have a typical size of 1."""
+    """A law, its points and an objective. Searches know parameters by their coordinates [K]."""
 
     law: Law
-    inputs: Mapping[str, np.ndarray]  # {name: [P]} over their geometric means
-    loss: np.ndarray  # [P] over its median
+    inputs: Mapping[str, np.ndarray]  # {name: [P]}
+    loss: np.ndarray  # [P] nats a token
     objective: Objective
-    scales: Mapping[str, float]
-    loss_scale: float
+    scales: Mapping[str, float]  # geometric means of the counts
 
     @classmethod
     def of(
         cls, law: Law, inputs: Mapping[str, np.ndarray], loss: np.ndarray, objective: Objective
     ) -> "Problem":
         """From inputs {name: [P]} and losses [P] in their own units."""
-        scales = {name: float(np.exp(np.log(values).mean())) for name, values in inputs.items()}
-        scaled = {name: values / scales[name] for name, values in inputs.items()}
-        size = float(np.median(loss))
-        return cls(law, scaled, loss / size, objective, scales, size)
+        counts = [name for name in law.inputs if name in COUNTS]
+        scales = {name: float(np.exp(np.log(inputs[name]).mean())) for name in counts}
+        return cls(
+            law, {k: np.asarray(inputs[k], float) for k in law.inputs}, loss, objective, scales
+        )
 
     @property
     def bounds(self) -> tuple[np.ndarray, np.ndarray]:
-        """Least and greatest logarithms of the parameters, [K] each."""
-        low, high = np.log([p.bounds for p in self.law.parameters]).T
-        return low, high
+        """Least and greatest coordinates, [K] each."""
+        ends = np.array([p.bounds for p in self.law.parameters]) * self._units[:, None]
+        return tuple(self.coordinates_of(end) for end in ends.T)  # type: ignore[return-value]
+
+    @property
+    def _units(self) -> np.ndarray:
+        size = float(np.median(self.loss))
+        return np.array([size if p.in_loss_units else 1.0 for p in self.law.parameters])
+
+    def coordinates_of(self, values: np.ndarray) -> np.ndarray:
+        """Coordinates [..., K] of values that are not yet logarithms."""
+        positive = [p.domain == "positive" for p in self.law.parameters]
+        return np.where(positive, np.log(np.where(positive, values, 1.0)), values)
+
+    def starts(self) -> np.ndarray:
+        """The law's grid of starts [S, K]."""
+        axes = [p.starts for p in self.law.parameters]
+        grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
+        return self.coordinates_of(grid * self._units)
 
     def natural(self, theta: np.ndarray) -> dict[str, np.ndarray]:
-        """Parameters {name: [...]} in the inputs' own units, from logarithms `theta` [..., K]."""
-        values = {name: np.exp(theta[..., i]) for i, name in enumerate(self.law.names)}
-        return self.law.in_units(values, self.scales, self.loss_scale)
+        """Parameters {name: [...]} of the paper, from coordinates [..., K]."""
+        with jax.enable_x64(True):
+            params = _natural(self.law, jnp.asarray(theta), self.scales)
+            return {name: np.asarray(value) for name, value in params.items()}
 
     def residuals(self, theta: np.ndarray) -> np.ndarray:
-        """Residuals [..., P] at logarithms `theta` [..., K]: of log loss, or of loss."""
-        values = np.exp(theta)
-        params = {name: values[..., i, None] for i, name in enumerate(self.law.names)}
-        predicted = self.law.function(params, self.inputs)
+        """Residuals [..., P] at coordinates [..., K]: of log loss, or of loss."""
+        params = {name: value[..., None] for name, value in self.natural(theta).items()}
+        predicted = self.law(params, self.inputs)
         if self.objective.logarithmic:
             return np.log(predicted) - np.log(self.loss)
         return predicted - self.loss
 
     def jacobian(self, theta: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Residuals [S, P] and their derivatives [S, K, P] at `theta` [S, K].
+        """Residuals [P] and their derivatives [P, K] at coordinates [K]."""
+        with jax.enable_x64(True):
+            inputs, scales = dict(self.inputs), dict(self.scales)
+            logarithmic = self.objective.logarithmic
+            r, j = _residuals_and_jacobian(self.law, logarithmic, inputs, scales, theta, self.loss)
+            return np.asarray(r), np.asarray(j)
 
-        Complex steps (Squire and Trapp 1998): exact to rounding, without a formula for each law.
-        """
-        r = self.residuals(theta[:, None, :] + 1j * _COMPLEX_STEP * np.eye(theta.shape[-1]))
-        return r[:, 0].real, r.imag / _COMPLEX_STEP
+    def natural_jacobian(self, theta: np.ndarray) -> np.ndarray:
+        """Derivatives [K, K] of the paper's parameters by the coordinates."""
+        with jax.enable_x64(True):
+            rows = jax.jacfwd(lambda t: _natural(self.law, t, self.scales))(jnp.asarray(theta))
+            return np.stack([np.asarray(rows[name]) for name in self.law.names])
 
 
-def _proposals(
-    r: np.ndarray, jacobian: np.ndarray, weights: np.ndarray, delta: float, damping: np.ndarray
-) -> list[np.ndarray]:
-    """Damped steps [S, K] downhill on the weighted Huber loss, by two models of its curvature.
+def _natural(law: Law, theta: Any, scales: Mapping[str, Any]) -> Params:
+    coordinates = {
+        p.full_name: jnp.exp(theta[..., i]) if p.domain == "positive" else theta[..., i]
+        for i, p in enumerate(law.parameters)
+    }
+    return law.in_units(coordinates, scales)
+
+
+def _residuals(law: Law, logarithmic: bool, inputs: Any, scales: Any, theta: Any, loss: Any) -> Any:
+    """[P] for one search's theta [K]."""
+    predicted = law.evaluate(_natural(law, theta, scales), inputs)
+    return jnp.log(predicted) - jnp.log(loss) if logarithmic else predicted - loss
+
+
+@functools.partial(jax.jit, static_argnames=("law", "logarithmic"))
+def _residuals_and_jacobian(law, logarithmic, inputs, scales, theta, loss):
+    function = functools.partial(_residuals, law, logarithmic, inputs, scales)
+    return function(theta, loss), jax.jacfwd(function)(theta, loss)
+
+
+# ---- The descent ---------------------------------------------------------------------------------
+
+
+class Descent(NamedTuple):
+    """Where searches ended, or are so far.
+
+    gradient: the largest cosine between a derivative of the residuals and the (clipped) residuals
+      themselves, over the parameters that are not at a bound. It is 0 at an optimum, whatever the
+      units (MINPACK's criterion; More 1978); where residuals are rounding it means nothing.
+    idle: steps since the objective last fell.
+    """
+
+    theta: Any  # [S, K]
+    value: Any  # [S] objective
+    gradient: Any  # [S]
+    steps: Any  # [S]
+    damping: Any  # [S]
+    idle: Any  # [S]
+
+
+class _Stage(NamedTuple):
+    """A precision to search in, and when to end there."""
+
+    dtype: type
+    progress: float  # relative; less is none
+    patience: int  # steps without progress before a search ends
+    gradient: float  # below it a search ends at once
+
+
+# Most of the way goes in single precision, at a fraction of the time; the end decides.
+_STAGES = (_Stage(np.float32, 1e-5, 8, 1e-4), _Stage(np.float64, 1e-13, 8, 1e-10))
+
+
+def _step(stage: _Stage, residuals: Callable, weights: Any, delta: Any, low: Any, high: Any):
+    """One step of Levenberg-Marquardt within bounds, of one search."""
+    tiny = float(np.finfo(stage.dtype).tiny)
+
+    def value(at: Any) -> Any:
+        total = jnp.sum(weights * _huber(residuals(at), delta))
+        return jnp.where(jnp.isfinite(total), total, jnp.inf)
+
+    def step(s: Descent) -> Descent:
+        r, j = residuals(s.theta), jax.jacfwd(residuals)(s.theta)
+        pull = weights * jnp.clip(r, -delta, delta)
+        downhill = -(pull @ j)
+        free = ((s.theta > low) | (downhill > 0)) & ((s.theta < high) | (downhill < 0))
+        free &= low < high
+        j, downhill = jnp.where(free, j, 0), jnp.where(free, downhill, 0)
+        moves = _proposals(r, j, downhill, weights, delta, s.damping, tiny)
+        ends = jnp.clip(s.theta[None] + moves, low[None], high[None])
+        values = jax.vmap(value)(ends)
+        best = jnp.argmin(values)
+        before = jnp.where(s.steps == 0, value(s.theta), s.value)
+        gained = values[best] < before
+        progressed = values[best] < before * (1 - stage.progress)
+        clipped = jnp.sum(pull * jnp.clip(r, -delta, delta))
+        lengths = jnp.sqrt(clipped * jnp.sum(weights[:, None] * j**2, axis=0))
+        return Descent(
+            jnp.where(gained, ends[best], s.theta),
+            jnp.where(gained, values[best], before),
+            jnp.max(jnp.abs(downhill) / jnp.maximum(lengths, tiny)),
+            s.steps + 1,
+            jnp.clip(jnp.where(gained, s.damping / 2, s.damping * 8), 1e-15, 1e8),
+            jnp.where(progressed, 0, s.idle + 1),
+        )
+
+    return step
+
+
+def _proposals(r: Any, j: Any, downhill: Any, weights: Any, delta: Any, damping: Any, tiny: float):
+    """Damped steps [2, K] downhill on the weighted Huber loss, by two models of its curvature.
 
     Reweighted least squares is safe far from the optimum. Near it, only points within delta bend
     the Huber loss, and the step that counts them alone converges quadratically.
     """
-    gradient = np.einsum("skp,sp->sk", jacobian, weights * np.clip(r, -delta, delta))
-    reweighted = weights / np.maximum(np.abs(r) / delta, 1.0)
-    curvatures = [reweighted]
-    if math.isfinite(delta):
-        curvatures.append(weights * (np.abs(r) <= delta) + 1e-3 * reweighted)
-    steps = []
-    for curvature in curvatures:
-        hessian = np.einsum("skp,sp,slp->skl", jacobian, curvature, jacobian)
-        size = np.einsum("skk->sk", hessian)  # a writable view of the diagonals
-        size += damping[:, None] * size + 1e-300
-        step = np.linalg.solve(hessian, -gradient[..., None])[..., 0]
-        steps.append(np.clip(step, -1.0, 1.0))
-    return steps
+    reweighted = weights / jnp.maximum(jnp.abs(r) / delta, 1)
+    bending = weights * (jnp.abs(r) <= delta) + 1e-3 * reweighted
+    hessians = jnp.einsum("pk,cp,pl->ckl", j, jnp.stack([reweighted, bending]), j)
+    sizes = jnp.diagonal(hessians, axis1=1, axis2=2)
+    # A parameter at its bound has an empty row: it stays.
+    loads = jnp.where(sizes > 0, damping * sizes, 1) + tiny
+    damped = hessians + loads[:, :, None] * jnp.eye(j.shape[1], dtype=j.dtype)[None]
+    steps = jnp.linalg.solve(damped, jnp.broadcast_to(downhill, sizes.shape)[..., None])[..., 0]
+    return jnp.clip(jnp.nan_to_num(steps), -1, 1)
+
+
+@functools.partial(jax.jit, static_argnames=("law", "logarithmic", "stage"))
+def _advance(law, logarithmic, stage, inputs, scales, delta, rows, searches):
+    """A block of searches, up to _ROUND steps on; rows: their losses, weights and bounds."""
+
+    def one(row: tuple, search: Descent) -> Descent:
+        loss, weights, low, high = row
+
+        def residuals(at: Any) -> Any:
+            return _residuals(law, logarithmic, inputs, scales, at, loss)
+
+        end = search.steps + _ROUND
+        return jax.lax.while_loop(
+            lambda s: (s.steps < end) & ~_finished(stage, s),
+            _step(stage, residuals, weights, delta, low, high),
+            search,
+        )
+
+    return jax.vmap(one)(rows, searches)
+
+
+def _finished(stage: _Stage, s: Descent) -> Any:
+    return (s.idle >= stage.patience) | (s.steps >= _MOST_STEPS) | (s.gradient < stage.gradient)
 
 
 def descend(
-    problem: Problem, theta: np.ndarray, weights: np.ndarray, delta: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """Optima [S, K] and objectives [S] reached from `theta` [S, K] with point weights [S, P].
+    problem: Problem,
+    theta: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    loss: np.ndarray | None = None,
+    delta: float | None = None,
+    bounds: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Descent:
+    """Optima reached from coordinates [S, K].
 
-    Levenberg-Marquardt, within the law's bounds. Quasi-Newton searches stop early in the narrow
-    valleys of scaling laws, which moved published exponents (Besiroglu et al. 2024,
-    arXiv:2404.10102); this one ends when no search has gained anything for several steps.
+    weights: of the points [S, P]; all 1 by default. loss: instead of the problem's [S, P].
+    delta: of the Huber loss; the objective's first by default. bounds: of each search, [S, K] each;
+    a coordinate whose bounds are equal is fixed there.
+
+    Quasi-Newton searches stop early in the narrow valleys of scaling laws, which moved published
+    exponents (Besiroglu et al. 2024, arXiv:2404.10102). A search here ends when its gradient
+    vanishes, or when several steps of a Levenberg-Marquardt descent have gained nothing.
     """
-    low, high = problem.bounds
+    shape = len(theta), problem.loss.size
+    low, high = (np.broadcast_to(b, theta.shape) for b in bounds or problem.bounds)
+    given = np.ones(shape) if weights is None else weights
+    losses = np.broadcast_to(problem.loss if loss is None else loss, shape)
+    width = problem.objective.deltas[0] if delta is None else delta
+    padding = ((0, 0), (0, -shape[1] % _PAD))
+    rows = np.pad(losses, padding, mode="edge"), np.pad(given, padding), low, high
+    theta = np.clip(theta, low, high)
+    stages = _STAGES if width >= HUBER_DELTA else _STAGES[1:]
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        for stage in stages:
+            searches = _run(problem, stage, width, rows, theta, threads)
+            theta = np.clip(searches.theta.astype(float), low, high)
+    return searches
 
-    def value(at: np.ndarray) -> np.ndarray:
-        return (weights * _huber(problem.residuals(at), delta)).sum(axis=-1)
 
-    damping = np.full(len(theta), 1e-3)
-    best = value(theta)
-    idle = 0
-    for _ in range(_MOST_STEPS):
-        r, jacobian = problem.jacobian(theta)
-        before, nearest = best, theta
-        for step in _proposals(r, jacobian, weights, delta, damping):
-            moved = np.clip(theta + step, low, high)
-            reached = value(moved)
-            better = reached < best
-            best = np.where(better, reached, best)
-            nearest = np.where(better[:, None], moved, nearest)
-        theta = nearest
-        gained = best < before
-        damping = np.clip(np.where(gained, damping / 5, damping * 5), 1e-15, 1e8)
-        idle = 0 if np.any(best < before * (1 - _PROGRESS)) else idle + 1
-        if idle == _PATIENCE:
-            break
-    return theta, best
+def _run(
+    problem: Problem,
+    stage: _Stage,
+    delta: float,
+    rows: tuple[np.ndarray, ...],
+    theta: np.ndarray,
+    threads: ThreadPoolExecutor,
+) -> Descent:
+    """All searches through one stage. After a round the unfinished ones close their ranks."""
+    padding = rows[0].shape[1] - problem.loss.size
+    inputs = {k: np.pad(x, (0, padding), mode="edge") for k, x in problem.inputs.items()}
+    inputs = {name: x.astype(stage.dtype) for name, x in inputs.items()}
+    rows = tuple(row.astype(stage.dtype) for row in rows)
+    count = len(theta)
+    searches = Descent(
+        theta=theta.astype(stage.dtype),
+        value=np.full(count, np.inf, stage.dtype),
+        gradient=np.full(count, np.inf, stage.dtype),
+        steps=np.zeros(count, np.int32),
+        damping=np.full(count, 1e-3, stage.dtype),
+        idle=np.zeros(count, np.int32),
+    )
+
+    def block(own: np.ndarray) -> Descent:
+        padded = np.pad(own, (0, _BLOCK - len(own)), mode="edge")
+        with jax.enable_x64(True):
+            ends = _advance(
+                problem.law,
+                problem.objective.logarithmic,
+                stage,
+                inputs,
+                dict(problem.scales),
+                stage.dtype(delta),
+                tuple(row[padded] for row in rows),
+                Descent(*(x[padded] for x in searches)),
+            )
+            return Descent(*(np.asarray(x)[: len(own)] for x in ends))
+
+    left = np.arange(len(theta))
+    while left.size:
+        parts = [left[begin : begin + _BLOCK] for begin in range(0, left.size, _BLOCK)]
+        ends = list(threads.map(block, parts)) if len(parts) > 1 else [block(left)]
+        for column, values in zip(searches, zip(*ends, strict=True), strict=True):
+            column[left] = np.concatenate(values)
+        left = left[~_finished(stage, Descent(*(x[left] for x in searches)))]
+    return searches
+
+
+# ---- Searches ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Solution:
-    """Where the search ended: logarithms of the scaled parameters [K]."""
+    """Where the search ended."""
 
-    theta: np.ndarray
+    theta: np.ndarray  # [K] coordinates
+    gradient: float  # see Descent; 0 where the law is exact
     starts: int
     share_of_starts: float  # of the searched starts, those that ended in the same optimum
 
 
+def solve(problem: Problem, starts: np.ndarray | None = None) -> Solution:
+    """The best optimum of searches from starts [S, K], by default the law's most promising ones."""
+    starts = _promising_starts(problem, SEARCHED_STARTS) if starts is None else starts
+    reached = descend(problem, starts)
+    same = _same(problem, reached.value)
+    best = int(reached.value.argmin())
+    theta, gradient = reached.theta[best], reached.gradient[best]
+    for delta in problem.objective.deltas[1:]:
+        narrower = descend(problem, theta[None], delta=delta)
+        theta, gradient = narrower.theta[0], narrower.gradient[0]
+    exact = reached.value[best] <= _EXACT * problem.loss.size
+    return Solution(theta, 0.0 if exact else float(gradient), len(starts), float(same.mean()))
+
+
+def _same(problem: Problem, values: np.ndarray) -> np.ndarray:
+    return values <= values.min() * (1 + _SAME_OPTIMUM) + _EXACT * problem.loss.size
+
+
 def _promising_starts(problem: Problem, count: int) -> np.ndarray:
     """The `count` best points [count, K] of the law's grid of starts."""
-    axes = [np.log(parameter.starts) for parameter in problem.law.parameters]
-    grid = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, len(axes))
+    grid = problem.starts()
     order = np.argsort(np.abs(problem.residuals(grid)).sum(axis=-1), kind="stable")
     return grid[order[:count]]
 
 
-def solve(problem: Problem, count: int = SEARCHED_STARTS) -> Solution:
-    """The best optimum of searches from the `count` most promising starts of the law's grid."""
-    starts = _promising_starts(problem, count)
-    first, *narrower = problem.objective.deltas
-    ends, values = descend(problem, starts, np.ones((len(starts), problem.loss.size)), first)
-    same = values <= values.min() * (1 + _SAME_OPTIMUM) + _EXACT * problem.loss.size
-    theta = ends[[int(values.argmin())]]
-    for delta in narrower:
-        theta, _ = descend(problem, theta, np.ones((1, problem.loss.size)), delta)
-    return Solution(theta[0], len(starts), float(same.mean()))
-
-
-def refit(problem: Problem, theta: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Optima [S, K] for S resamples with point weights [S, P], near the optimum `theta` [K].
+def refit(
+    problem: Problem,
+    theta: np.ndarray,
+    weights: np.ndarray | None = None,
+    *,
+    loss: np.ndarray | None = None,
+) -> np.ndarray:
+    """Optima [S, K] for S resamples with point weights [S, P] or losses [S, P], near `theta` [K].
 
     One fresh start stands beside it, in case another valley has become the deeper one.
     """
-    first, *narrower = problem.objective.deltas
-    fresh = _promising_starts(problem, 1)[0]
-    (near, near_value), (far, far_value) = (
-        descend(problem, np.tile(start, (len(weights), 1)), weights, first)
-        for start in (theta, fresh)
+    size = len(weights) if weights is not None else len(loss) if loss is not None else 1
+    starts = np.stack([theta, _promising_starts(problem, 1)[0]])
+    both = descend(
+        problem,
+        np.repeat(starts, size, axis=0),
+        None if weights is None else np.tile(weights, (2, 1)),
+        loss=None if loss is None else np.tile(loss, (2, 1)),
     )
-    best = np.where((near_value <= far_value)[:, None], near, far)
-    for delta in narrower:
-        best, _ = descend(problem, best, weights, delta)
+    near, far = both.value[:size], both.value[size:]
+    best = np.where((near <= far)[:, None], both.theta[:size], both.theta[size:])
+    for delta in problem.objective.deltas[1:]:
+        best = descend(problem, best, weights, loss=loss, delta=delta).theta
     return best

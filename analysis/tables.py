@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # This project's convention: N counts every parameter, C is the exact training FLOPs.
 COLUMNS = {"n": "params_non_embedding", "d": "tokens", "c": "flops"}
 
+COUNT_INPUTS = ("n", "d", "c", "u")  # of a law: parameters, tokens, FLOPs, unique tokens
+
 # Nothing that trains has fewer parameters or tokens; nothing that predicts has a loss above it.
 LEAST_COUNT = 1e4
 GREATEST_LOSS = 20.0
@@ -111,32 +113,61 @@ def finished(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[keep]
 
 
-def numbers(frame: pd.DataFrame, column: str) -> np.ndarray:
-    """A column as float64 [rows]; AnalysisError names the first that is not positive and finite."""
+def numbers(frame: pd.DataFrame, column: str, *, positive: bool = True) -> np.ndarray:
+    """A column as float64 [rows]; AnalysisError names the first that is not positive and finite.
+
+    Without `positive` zero is allowed.
+    """
     import pandas as pd
 
     require(frame, column)
     values = pd.to_numeric(frame[column], errors="coerce").to_numpy(float)
-    bad = np.flatnonzero(~(np.isfinite(values) & (values > 0)))
+    bad = np.flatnonzero(~(np.isfinite(values) & ((values > 0) | ((values == 0) & (not positive)))))
     if bad.size:
         row, value = frame.index[bad[0]], frame[column].iloc[bad[0]]
         raise AnalysisError(
-            f"column {column!r}, row {row}: {value!s} is not a positive finite number"
+            f"column {column!r}, row {row}: {value!s} is not a "
+            f"{'positive' if positive else 'non-negative'} finite number"
         )
     return values
+
+
+def read_inputs(frame: pd.DataFrame, columns: Mapping[str, str]) -> dict[str, np.ndarray]:
+    """Inputs of a law {name: [rows]}; `columns` says which column is which.
+
+    Counts (n, d, c, u) are positive, groups are labels, and measures of precision not negative.
+    """
+    inputs = {}
+    for name, column in columns.items():
+        if name == "group":
+            require(frame, column)
+            inputs[name] = frame[column].astype(str).to_numpy()
+        else:
+            inputs[name] = numbers(frame, column, positive=name in COUNT_INPUTS)
+    return inputs
+
+
+def refuse_undecayed(frame: pd.DataFrame) -> None:
+    """AnalysisError if some rows say that they are not at the end of a decay."""
+    if "decayed" in frame and not frame["decayed"].to_numpy(bool).all():
+        count = int((~frame["decayed"].to_numpy(bool)).sum())
+        raise AnalysisError(
+            f"{count} of {len(frame)} rows are not at the end of a learning-rate decay, and would "
+            "bend the law: leave them out with --where=decayed"
+        )
 
 
 def points(
     frame: pd.DataFrame, columns: Mapping[str, str], loss: str
 ) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """Inputs {n, d, c: [rows]} and losses [rows] of a fit, checked for units and repetition.
+    """Inputs of a law {name: [rows]} and losses [rows], checked for units and repetition.
 
     `columns` says which column is which input. AnalysisError on values that are not positive and
     finite, on counts in millions or billions, on a loss in bits or a perplexity, on repeated rows.
     """
-    inputs = {name: numbers(frame, column) for name, column in columns.items()}
+    inputs = read_inputs(frame, columns)
     for name, values in inputs.items():
-        if np.median(values) < LEAST_COUNT:
+        if name in COUNT_INPUTS and np.median(values) < LEAST_COUNT:
             raise AnalysisError(
                 f"column {columns[name]!r} has a median of {np.median(values):g}: counts are "
                 "expected one by one, not in millions or billions"

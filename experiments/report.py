@@ -18,7 +18,7 @@ import numpy as np
 
 from analysis.arms import ArmFits, accepted, fit_arms
 from analysis.curves import loss_against_compute
-from analysis.fit import Fit
+from analysis.fitting import Fit
 from analysis.tables import (
     COLUMNS,
     AnalysisError,

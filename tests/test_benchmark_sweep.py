@@ -1,5 +1,8 @@
 """The suites `sweep` and `carriers`: what is compared with what, and what is computed."""
 
+import collections
+import threading
+
 import jax
 import numpy as np
 import pytest
@@ -20,15 +23,16 @@ def silent(text):
 
 @pytest.fixture
 def scripted(monkeypatch):
-    """Cases that are not run: the seconds of a round follow from their names."""
-    built = {}
+    """Cases that are not run, counted: the seconds of a round follow from their names."""
+    built = collections.Counter()
 
     class Runs:
         def __init__(self, workload, size, runs, dispatch):
-            built[(runs, dispatch)] = (workload, size)
+            built[(runs, dispatch)] += 1
 
     def interleave(cases, repeats, at_least=0.0):
         seconds = {"grouped": 4.0, "dispatch1": 3.0, "dispatch8": 1.5, "dispatch64": 1.0}
+        seconds["side_by_side"] = 4.5
         return {name: [seconds[name]] * repeats for name in cases}
 
     monkeypatch.setattr(sweep, "_Runs", Runs)
@@ -46,6 +50,35 @@ def test_a_group_beside_as_many_lone_runs(scripted):
     assert set(scripted) == {(8, 64), (1, 1), (1, 8), (1, 64)}
     rates = {row["case"]: row["tokens_per_s"] for row in result.measurements}
     assert rates["grouped"] == 8 * 64 * 64 / 4 and rates["dispatch1"] == 64 * 64 / 3
+
+
+def test_two_programs_beside_each_other(scripted, monkeypatch):
+    """4.5 s for two at once, 3 s for one alone: three quarters. On a CPU only, and without goal."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "cpu")
+    result = sweep.run(TINY, silent)
+    assert scripted == {(8, 64): 1, (1, 1): 1 + 2, (1, 8): 1, (1, 64): 1}
+    ratio = result.ratios["sweep_time/side_by_side/sequential"]
+    assert ratio.median == 0.75 and ratio.goal is None
+    rates = {row["case"]: row["tokens_per_s"] for row in result.measurements}
+    assert rates["side_by_side"] == 2 * 64 * 64 / 4.5
+    assert any("side_by_side" in note for note in result.notes)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    result = sweep.run(TINY, silent)
+    assert not any("side_by_side" in text for text in (*result.ratios, *result.notes))
+
+
+def test_cases_at_once_are_in_threads_of_their_own():
+    """Each goes on only when all are there, and an error of one is not lost."""
+    together, threads = threading.Barrier(2), set()
+
+    def case():
+        together.wait(20)
+        threads.add(threading.get_ident())
+
+    sweep._at_once([case, case])()
+    assert len(threads) == 2
+    with pytest.raises(ZeroDivisionError):
+        sweep._at_once([lambda: None, lambda: 1 / 0])()
 
 
 @pytest.mark.parametrize("platform, goal", [("cpu", None), ("gpu", 0.25)])
@@ -69,6 +102,7 @@ def test_runs_make_the_steps_they_are_timed_for(monkeypatch):
     states = {}
     for dispatch in (1, 4):
         runs = sweep._Runs(TINY, "27k", 2, dispatch)
+        assert runs._starts.shape[1] == max(2, dispatch), "a program as training has it"
         runs._starts = np.zeros_like(runs._starts)
         runs()
         states[dispatch] = runs._state

@@ -8,9 +8,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from analysis import fit as fit_module
-from analysis.fit import fit, main
+from analysis.fit import main
+from analysis.fitting import fit
 from analysis.laws import LAWS
+from analysis.solver import OBJECTIVES, Problem, refit, solve
 from analysis.tables import AnalysisError
 
 TRUTH = {"E": 1.69, "A": 406.4, "B": 410.7, "alpha": 0.34, "beta": 0.28}
@@ -24,7 +25,7 @@ def grid(sizes=5, budgets=4):
 
 def surface(n, d, noise=0.0, seed=0, params=TRUTH):
     rng = np.random.default_rng(seed)
-    loss = LAWS["chinchilla"].function(params, {"n": n, "d": d})
+    loss = LAWS["chinchilla"](params, {"n": n, "d": d})
     return loss * np.exp(noise * rng.normal(size=n.shape))
 
 
@@ -55,7 +56,7 @@ def test_recovers_random_laws():
 def test_recovers_a_power_law():
     truth = {"E": 2.0, "A": 1e3, "alpha": 0.2}
     c = np.geomspace(1e13, 1e18, 6)
-    found = fit("power", {"c": c}, LAWS["power"].function(truth, {"c": c}))
+    found = fit("power", {"c": c}, LAWS["power"](truth, {"c": c}))
     assert found.params == pytest.approx(truth, rel=1e-8)
 
 
@@ -94,7 +95,7 @@ def test_no_nearby_parameters_are_better():
     for scale in (1e-3, 1e-5):
         for step in rng.normal(size=(200, 5)) * scale:
             near = {k: v * np.exp(s) for (k, v), s in zip(found.params.items(), step, strict=True)}
-            moved = np.abs(np.log(LAWS["chinchilla"].function(near, {"n": n, "d": d}) / loss)).sum()
+            moved = np.abs(np.log(LAWS["chinchilla"](near, {"n": n, "d": d}) / loss)).sum()
             assert moved >= found.objective_value * (1 - 1e-9)
 
 
@@ -173,11 +174,9 @@ def test_bootstrap_refit_equals_a_fit_of_the_repeated_points():
     n, d = grid()
     loss = surface(n, d, noise=3e-3)
     weights = np.arange(n.size) % 3
-    problem = fit_module.Problem.of(
-        LAWS["chinchilla"], {"n": n, "d": d}, loss, fit_module.OBJECTIVES["huber"]
-    )
-    theta = fit_module.solve(problem).theta
-    weighted = problem.natural(fit_module.refit(problem, theta, weights[None].astype(float)))
+    problem = Problem.of(LAWS["chinchilla"], {"n": n, "d": d}, loss, OBJECTIVES["huber"])
+    theta = solve(problem).theta
+    weighted = problem.natural(refit(problem, theta, weights[None].astype(float)))
     repeated = np.repeat(np.arange(n.size), weights)
     direct = fit("chinchilla", {"n": n[repeated], "d": d[repeated]}, loss[repeated])
     assert {k: v[0] for k, v in weighted.items()} == pytest.approx(direct.params, rel=1e-5)
@@ -258,7 +257,7 @@ def test_command_bootstraps_where_and_plots(table, tmp_path, capsys):
     [
         (["--n=size", "--d=tokens", "--loss=loss"], "no column 'size': the table has params"),
         (["--n=params", "--loss=loss"], "--law=chinchilla needs --d=COLUMN"),
-        ([*COLUMNS, "--law=kaplan"], "unknown law 'kaplan'"),
+        ([*COLUMNS, "--law=caplan"], "unknown law 'caplan'"),
         ([*COLUMNS, "--objective=l2"], "unknown objective 'l2'"),
         ([*COLUMNS, "--where=__import__('os').system('true')"], "has a Call"),
         ([*COLUMNS, "--where=params > 1e99"], "leaves no rows"),

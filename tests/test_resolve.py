@@ -6,7 +6,7 @@ import re
 import pytest
 
 from bitnet_jax.configs import default
-from bitnet_jax.configs.resolve import SHAPE_KEYS, group_size, loop_options, resolve
+from bitnet_jax.configs.resolve import SHAPE_KEYS, group_size, loop_options, parallel, resolve
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.optim import OptimizerConfig, Schedule, tuned_peak_lr
 from bitnet_jax.phases import Phases
@@ -89,7 +89,7 @@ BAD = [
     ({"checkpoint.seconds": -1.0}, "checkpoint.seconds=-1.0", "must not be negative"),
     ({"tracking.wandb": "yes"}, "tracking.wandb='yes'", "online, offline, disabled"),
     *(({f"launch.{k}": v}, f"launch.{k}={v}", "at least 1")
-      for k in ("group", "dispatch") for v in (0, -2)),
+      for k in ("group", "dispatch", "parallel") for v in (0, -2)),
     ({"launch.resident_bytes": -1}, "launch.resident_bytes=-1", "must not be negative"),
     ({"model.attention": "flash"}, "model.attention='flash'", "choose from blocks, cudnn"),
     *(({"model.attention": "cudnn", **more}, "model.attention='cudnn'",
@@ -234,6 +234,22 @@ def test_how_runs_are_laid_on_the_machine(tiny_config, monkeypatch, backend, dev
     said = tiny_config({f"launch.{k}": 3 for k in ("group", "dispatch", "resident_bytes")})
     options = loop_options(said)
     assert (group_size(said), options.dispatch, options.resident_bytes) == (3, 3, 3)
+
+
+@pytest.mark.parametrize(
+    "backend, cores, programs",
+    [("cpu", 1, 1), ("cpu", 2, 2), ("cpu", 64, 2), ("cpu", None, 1), ("gpu", 64, 1)],
+)
+def test_programs_that_train_side_by_side(
+    tiny_config, tiny_corpus, monkeypatch, backend, cores, programs
+):
+    """Where nothing is said: two on the cores of a CPU, one elsewhere. It is no part of a run."""
+    monkeypatch.setattr("jax.default_backend", lambda: backend)
+    monkeypatch.setattr("os.cpu_count", lambda: cores)
+    plain, said = tiny_config(), tiny_config({"launch.parallel": 3})
+    assert parallel(plain) == loop_options(plain).parallel == programs
+    assert parallel(said) == loop_options(said).parallel == 3
+    assert resolve(said, tiny_corpus).run_id == resolve(plain, tiny_corpus).run_id
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """Files of a run: whole or not at all, cut back on resumption; and where results come from."""
 
 import json
+import re
 import subprocess
+import time
 from pathlib import Path
 
 import jax
@@ -142,3 +144,30 @@ def test_broken_wandb_warns_once_and_is_left_alone(tmp_path, monkeypatch, capsys
     tracker.close()
     error = capsys.readouterr().err
     assert error == "warning: Weights & Biases is off for this run: no disk\n"
+
+
+def test_two_wandb_runs_are_open_at_once(tmp_path, capsys):
+    """Each writes its own file, also after the other is closed."""
+    directories = [tmp_path / name for name in ("one", "two")]
+    for directory in directories:
+        directory.mkdir()
+    one, two = (Wandb("offline", "project", path.name, path, {}) for path in directories)
+    one.log({"early_of_one": 1.0}, 1)
+    two.log({"early_of_two": 1.0}, 1)
+    one.close()
+    two.log({"late_of_two": 1.0}, 2)
+    two.close()
+    assert capsys.readouterr().err == ""
+    for directory, expected in zip(directories, ({"early"}, {"early", "late"}), strict=True):
+        (file,) = directory.glob("wandb/offline-run-*/run-*.wandb")
+        assert file.name == f"run-{directory.name}.wandb"
+        assert file.parent.name.endswith(f"-{directory.name}")
+        expected = {(when.encode(), directory.name.encode()) for when in expected}
+        deadline = time.monotonic() + 20  # another process writes it, a moment after the closing
+        while logged(file) != expected and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert logged(file) == expected
+
+
+def logged(file):
+    return set(re.findall(rb"(early|late)_of_(one|two)", file.read_bytes()))

@@ -7,7 +7,7 @@ inputs, a loss that is averaged wrongly, and a fit that extrapolates to the wron
 import numpy as np
 import pytest
 
-from analysis.fit import fit
+from analysis.fitting import fit
 from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import SyntheticLanguage, load, synthetic, validation_rows

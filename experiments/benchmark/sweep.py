@@ -1,12 +1,15 @@
 """Suite `sweep`: runs side by side against one by one, steps a call, and what branching saves."""
 
 import statistics
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
 import numpy as np
 
 from bitnet_jax import cost, ladder, programs
+from bitnet_jax.member import LoopOptions
 from bitnet_jax.model import TransformerConfig
 from bitnet_jax.optim import Schedule
 from bitnet_jax.trajectory import plan_segments, total_ticks
@@ -17,6 +20,7 @@ from experiments.benchmark.workload import Workload
 from sweeps import isoflop
 
 RUNS = 8  # of a group
+PROGRAMS = 2  # that train side by side, in threads
 STEPS = 64  # of every run in a round
 DISPATCHES = (1, 8, 64)  # steps a call
 GROUPED_GOAL = 0.25  # on an accelerator, of the time of runs one after another
@@ -33,20 +37,34 @@ def run(workload: Workload, say: Say) -> Result:
 
 
 def _measure(workload: Workload, size: str) -> Result:
+    on_cpu = jax.default_backend() == "cpu"
     cases: dict[str, Case] = {"grouped": _Runs(workload, size, RUNS, DISPATCHES[-1])}
     for dispatch in DISPATCHES:
         cases[f"dispatch{dispatch}"] = _Runs(workload, size, 1, dispatch)
+    if on_cpu:
+        cases["side_by_side"] = _at_once([_Runs(workload, size, 1, 1) for _ in range(PROGRAMS)])
     seconds = interleave(cases, workload.repeats)
-    one_by_one = [RUNS * s for s in seconds[f"dispatch{DISPATCHES[-1]}"]]
-    goal = None if jax.default_backend() == "cpu" else GROUPED_GOAL
     suffix = workload.suffix(size)
+    one_by_one = [RUNS * s for s in seconds[f"dispatch{DISPATCHES[-1]}"]]
+    goal = None if on_cpu else GROUPED_GOAL
     ratios = {f"sweep_time/grouped/sequential{suffix}": ratio(seconds["grouped"], one_by_one, goal)}
     for dispatch in DISPATCHES[1:]:
         name = f"sweep_time/dispatch{dispatch}/dispatch1{suffix}"
         ratios[name] = ratio(seconds[f"dispatch{dispatch}"], seconds["dispatch1"])
+    notes = [f"{STEPS} steps of each run a round; sequential: {RUNS} times a lone run's time"]
+    if on_cpu:
+        one_by_one = [PROGRAMS * s for s in seconds["dispatch1"]]
+        name = f"sweep_time/side_by_side/sequential{suffix}"
+        ratios[name] = ratio(seconds["side_by_side"], one_by_one)
+        notes.append(f"side_by_side: {PROGRAMS} lone runs of dispatch1, each in its own thread")
+    return Result(ratios, _rows(workload, size, seconds), notes)
+
+
+def _rows(workload: Workload, size: str, seconds: dict[str, list[float]]) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     for name, times in seconds.items():
-        runs, median = RUNS if name == "grouped" else 1, statistics.median(times)
+        runs = {"grouped": RUNS, "side_by_side": PROGRAMS}.get(name, 1)
+        median = statistics.median(times)
         tokens = runs * STEPS * workload.batch_tokens
         rows.append(
             {
@@ -59,8 +77,18 @@ def _measure(workload: Workload, size: str) -> Result:
                 "rounds_seconds": times,
             }
         )
-    note = f"{STEPS} steps of each run a round; sequential: {RUNS} times a lone run's time"
-    return Result(ratios, rows, [note])
+    return rows
+
+
+def _at_once(cases: Sequence[Case]) -> Case:
+    """A case that calls each of these in a thread of its own and waits for all."""
+
+    def call() -> None:
+        with ThreadPoolExecutor(len(cases)) as threads:
+            for each in [threads.submit(case) for case in cases]:
+                each.result()
+
+    return call
 
 
 class _Runs:
@@ -74,12 +102,13 @@ class _Runs:
         random, tokens = np.random.default_rng(0), 1 << 20
         text = random.integers(0, workload.vocab, tokens, np.min_scalar_type(workload.vocab - 1))
         self._text = jax.device_put(text)
-        starts = (runs, dispatch, workload.rows)
+        slots = LoopOptions(dispatch=dispatch).slots  # as the training loop has them
+        starts = (runs, slots, workload.rows)
         last = tokens - workload.sequence_length - 1
         self._starts = random.integers(0, last, starts, np.int32)
-        rate = np.full((runs, dispatch), 1e-3, np.float32)
-        ones = np.ones(dispatch, np.float32)
-        self._schedule = programs.Schedule(rate, 100 * rate, ones, np.zeros(dispatch, bool))
+        rate = np.full((runs, slots), 1e-3, np.float32)
+        ones = np.ones(slots, np.float32)
+        self._schedule = programs.Schedule(rate, 100 * rate, ones, np.zeros(slots, bool))
 
     def __call__(self) -> None:
         for _ in range(STEPS // self._dispatch):

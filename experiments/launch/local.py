@@ -8,6 +8,7 @@ and arm once and serves every run of it.
 
 import collections
 import contextlib
+import dataclasses
 import signal
 import threading
 import traceback
@@ -20,7 +21,7 @@ from bitnet_jax.configs.resolve import group_size, loop_options, parallel
 from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
-from bitnet_jax.train import Interrupted, Report, compile_ahead, train_group
+from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
 from experiments.plan import Plan, PlannedRun, first_line
 
@@ -72,7 +73,8 @@ class _Launch:
     ) -> None:
         self._plan, self._display, self._should_stop = plan, display, should_stop
         self._waiting = collections.deque(grouped(plan.runs))
-        self._workers = max((parallel(group[0].config) for group in self._waiting), default=1)
+        wanted = max((parallel(group[0].config) for group in self._waiting), default=1)
+        self._workers = max(1, min(wanted, len(self._waiting)))
         self._taking = threading.Lock()
         self._background = ThreadPoolExecutor(max_workers=1)
         self._compiling: dict[tuple, Future] = {}  # by program
@@ -85,18 +87,18 @@ class _Launch:
             futures = [threads.submit(self._work) for _ in range(self._workers - 1)]
             try:
                 self._work()  # in the main thread, which is the one that signals interrupt
+                for future in futures:
+                    future.result()
             except KeyboardInterrupt:
                 self._stopped = True
                 raise
-            for future in futures:
-                future.result()
         return self._failures
 
     def _work(self) -> None:
         while (group := self._take()) is not None:
             progress = self._display.start(group)
             try:
-                summaries = _train(self._plan, group, progress.watch, self._stop)
+                summaries = self._train(group, progress)
             except Interrupted:
                 self._stopped = True
                 raise
@@ -105,6 +107,17 @@ class _Launch:
             else:
                 for run, summary in zip(group, summaries, strict=True):
                     progress.finish(run, _outcome(summary))
+
+    def _train(self, group: list[PlannedRun], progress: GroupProgress) -> list[dict[str, Any]]:
+        options = loop_options(group[0].config)
+        return train_group(
+            [Job(run.spec, run.directory, run.config.to_dict()) for run in group],
+            self._plan.corpus,
+            # A lone run shares the machine with nobody, whatever the config allows.
+            dataclasses.replace(options, parallel=self._workers),
+            watch=progress.watch,
+            should_stop=self._stop,
+        )
 
     def _stop(self, tick: int) -> bool:
         """What one worker has been told holds for all."""
@@ -121,7 +134,7 @@ class _Launch:
                 self._compile_ahead(self._waiting[0])
         if not own.cancel():
             own.result()
-        return group
+        return None if self._stopped else group
 
     def _compile_ahead(self, group: list[PlannedRun]) -> None:
         program = _program(group)
@@ -177,21 +190,6 @@ def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
             order.append(kind[-1])
         kind[-1].append(run)
     return order
-
-
-def _train(
-    plan: Plan,
-    group: list[PlannedRun],
-    watch: Callable[[Report], None],
-    should_stop: Callable[[int], bool],
-) -> list[dict[str, Any]]:
-    return train_group(
-        [Job(run.spec, run.directory, run.config.to_dict()) for run in group],
-        plan.corpus,
-        loop_options(group[0].config),
-        watch=watch,
-        should_stop=should_stop,
-    )
 
 
 def _outcome(summary: dict[str, Any]) -> str:

@@ -1,0 +1,264 @@
+"""Fitting a law to losses: the search, its doubts, intervals, and how well it extrapolates."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from analysis.identify import doubts, fixed_ratio, refuse_unidentified
+from analysis.intervals import bootstrap as resampled
+from analysis.intervals import covariance, profile
+from analysis.laws import COUNTS, Law, get_law
+from analysis.solver import OBJECTIVES, Problem, Solution, solve
+from analysis.tables import AnalysisError
+
+INTERVAL = (2.5, 97.5)  # percentiles of the bootstrap: 95 % intervals
+LEAST_SAMPLES = 20
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How a fit without the largest models foretells them; or why it could not be tried."""
+
+    predicted: np.ndarray  # [H] nats a token
+    measured: np.ndarray  # [H]
+    of: str  # the input by which they are the largest
+    refused: str = ""
+
+    @property
+    def relative_errors(self) -> np.ndarray:
+        """Predicted over measured, minus 1 [H]."""
+        return self.predicted / self.measured - 1
+
+    def to_json(self) -> dict[str, Any]:
+        if self.refused:
+            return {"of": self.of, "refused": self.refused}
+        errors = self.relative_errors
+        return {
+            "of": self.of,
+            "points": len(errors),
+            "mean_relative_error": float(np.abs(errors).mean()),
+            "max_relative_error": float(np.abs(errors).max()),
+        }
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A fitted law. Losses are in nats a token; parameters are named as in the law's paper."""
+
+    law: Law
+    objective: str
+    objective_value: float
+    params: dict[str, float]
+    inputs: dict[str, np.ndarray]  # {name: [P]} as fitted; groups as indices into law.groups
+    loss: np.ndarray  # [P]
+    clusters: np.ndarray | None  # [P] labels
+    solution: Solution
+    problem: Problem
+    covariance: np.ndarray | None  # of the parameters [K, K], by clusters; None under lad
+    warnings: tuple[str, ...]
+    samples: dict[str, np.ndarray]  # {parameter: [R]} of the bootstrap refits, R = 0 without
+    held_out: HeldOut | None
+
+    @property
+    def n_points(self) -> int:
+        return self.loss.size
+
+    @property
+    def starts(self) -> int:
+        return self.solution.starts
+
+    @property
+    def share_of_starts(self) -> float:
+        """Of the starts, those that reached the optimum."""
+        return self.solution.share_of_starts
+
+    @property
+    def log_residuals(self) -> np.ndarray:
+        """Log of fitted over measured loss [P]."""
+        return np.log(self.predict(self.inputs) / self.loss)
+
+    @property
+    def rms_log_residual(self) -> float:
+        return float(np.sqrt(np.mean(self.log_residuals**2)))
+
+    @property
+    def ranges(self) -> dict[str, tuple[float, float]]:
+        """Least and greatest value of each count."""
+        counts = {name: x for name, x in self.inputs.items() if name in COUNTS}
+        return {name: (float(x.min()), float(x.max())) for name, x in counts.items()}
+
+    @property
+    def standard_errors(self) -> dict[str, float]:
+        """Of the parameters, from the covariance; empty where there is none."""
+        if self.covariance is None:
+            return {}
+        errors = np.sqrt(np.maximum(np.diag(self.covariance), 0))
+        return dict(zip(self.law.names, map(float, errors), strict=True))
+
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap interval of each parameter; empty without bootstrap."""
+        if not self.sampled:
+            return {}
+        ends = {name: np.percentile(values, INTERVAL) for name, values in self.samples.items()}
+        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+
+    @property
+    def sampled(self) -> bool:
+        """Whether there are bootstrap refits, and so intervals."""
+        return next(iter(self.samples.values())).size > 0
+
+    def encoded(self, inputs: Mapping[str, Any]) -> dict[str, np.ndarray]:
+        """Inputs of the law as numbers, groups as indices; AnalysisError names a strange one."""
+        x = {name: np.asarray(inputs[name]) for name in self.law.inputs}
+        if self.law.groups:
+            for label in set(x["group"]) - set(self.law.groups):
+                raise AnalysisError(f"group {label!r}: the fit knows {', '.join(self.law.groups)}")
+            x["group"] = np.array([self.law.groups.index(label) for label in x["group"]])
+        return {name: values.astype(float) for name, values in x.items()}
+
+    def predict(self, inputs: Mapping[str, Any]) -> np.ndarray:
+        """Loss at the inputs."""
+        return self.law(self.params, inputs)
+
+    def predict_interval(self, inputs: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray] | None:
+        """95 % bootstrap interval of the law's loss at inputs [P]; None without bootstrap."""
+        if not self.sampled:
+            return None
+        columns = {name: values[:, None] for name, values in self.samples.items()}
+        low, high = np.percentile(self.law(columns, inputs), INTERVAL, axis=0)
+        return low, high
+
+    def profile(self, name: str) -> tuple[float, float]:
+        """95 % profile-likelihood interval of a parameter."""
+        return profile(self.problem, self.solution.theta, self.law.names.index(name))
+
+    def to_json(self) -> dict[str, Any]:
+        """What `python -m analysis.fit --json` prints, but for the predictions."""
+        return {
+            "law": self.law.name,
+            "objective": self.objective,
+            "objective_value": self.objective_value,
+            "n_points": self.n_points,
+            "params": self.params,
+            "intervals": {name: list(pair) for name, pair in self.intervals.items()},
+            "standard_errors": self.standard_errors,
+            "covariance": None if self.covariance is None else self.covariance.tolist(),
+            "warnings": list(self.warnings),
+            "rms_log_residual": self.rms_log_residual,
+            "max_log_residual": float(np.abs(self.log_residuals).max()),
+            "starts": self.starts,
+            "share_of_starts": self.share_of_starts,
+            "gradient": self.solution.gradient,
+            "held_out": None if self.held_out is None else self.held_out.to_json(),
+            "ranges": {name: list(pair) for name, pair in self.ranges.items()},
+            "groups": list(self.law.groups),
+            "equation": self.law.write(self.params),
+            "source": self.law.source,
+        }
+
+
+def fit(
+    law: str,
+    inputs: Mapping[str, Any],
+    loss: np.ndarray,
+    *,
+    objective: str = "huber",
+    bootstrap: int = 0,
+    clusters: np.ndarray | None = None,
+    baseline: str | None = None,
+    hold_out: bool = True,
+    seed: int = 0,
+) -> Fit:
+    """Fit `law` to losses [P] (nats a token) at inputs {n, d, c ...: [P]}.
+
+    Objectives: `huber` sums Huber losses (delta 1e-3) of log residuals (Hoffmann et al. 2022, eq.
+    3), `lad` sums absolute log residuals, `log_mse` and `mse` average squares of log residuals and
+    of residuals. `bootstrap` resamples whole `clusters` [P] (labels; endpoints of one run are not
+    independent), or points without them. `baseline` is the group (inputs["group"], labels [P])
+    whose parameters count as one where a law has parameters for each group; `hold_out` fits again
+    without the largest models. AnalysisError if the points cannot identify the law.
+    """
+    chosen, x = bound(get_law(law), inputs, baseline)
+    if objective not in OBJECTIVES:
+        known = ", ".join(OBJECTIVES)
+        raise AnalysisError(f"unknown objective {objective!r}: choose one of {known}")
+    if bootstrap != 0 and bootstrap < LEAST_SAMPLES:
+        raise AnalysisError(f"bootstrap={bootstrap}: an interval takes {LEAST_SAMPLES} or more")
+    y = np.asarray(loss, float)
+    refuse_unidentified(chosen, x, y)
+    problem = Problem.of(chosen, x, y, OBJECTIVES[objective])
+    solution = solve(problem)
+    warnings = [*doubts(problem, solution), *_doubts_of_groups(chosen, x)]
+    thetas = resampled(problem, solution.theta, bootstrap, clusters, seed)
+    if bootstrap and not len(thetas):
+        warnings.append("no intervals: too few independent runs to resample")
+    params = {name: float(value) for name, value in problem.natural(solution.theta).items()}
+    return Fit(
+        law=chosen,
+        objective=objective,
+        objective_value=OBJECTIVES[objective].value(problem.residuals(solution.theta)),
+        params=params,
+        inputs=x,
+        loss=y,
+        clusters=None if clusters is None else np.asarray(clusters),
+        solution=solution,
+        problem=problem,
+        covariance=covariance(problem, solution.theta, clusters),
+        warnings=tuple(warnings),
+        samples=problem.natural(thetas),
+        held_out=_hold_out(problem) if hold_out else None,
+    )
+
+
+def bound(
+    law: Law, inputs: Mapping[str, Any], baseline: str | None
+) -> tuple[Law, dict[str, np.ndarray]]:
+    """The law for the groups that the inputs name, and its inputs as arrays of numbers."""
+    x = {name: np.asarray(inputs[name]) for name in law.inputs}
+    if law.is_grouped:
+        labels = x["group"].astype(str)
+        names = list(dict.fromkeys(labels))
+        if baseline is None:
+            raise AnalysisError(f"{law.name!r} needs a baseline: one of {', '.join(names)}")
+        if baseline not in names:
+            raise AnalysisError(f"baseline={baseline!r}: the groups are {', '.join(names)}")
+        groups = [baseline, *(name for name in names if name != baseline)]
+        law = law.bind(groups)
+        x["group"] = np.array([groups.index(label) for label in labels])
+    return law, {name: values.astype(float) for name, values in x.items()}
+
+
+def _doubts_of_groups(law: Law, x: Mapping[str, np.ndarray]) -> Sequence[str]:
+    """Groups whose own points could not tell n from d: what they say rests on the others."""
+    if not {"n", "d"} <= set(x):
+        return ()
+    found = []
+    for index, label in enumerate(law.groups):
+        own = {name: x[name][x["group"] == index] for name in ("n", "d")}
+        if own["n"].size > 2 and fixed_ratio(own) is not None:
+            found.append(
+                f"{label} has one ratio of d to n: its parameters hold only if those that it "
+                "shares with the others are really shared"
+            )
+    return found
+
+
+def _hold_out(problem: Problem) -> HeldOut | None:
+    """Fit without the points of the largest n (or only count), and predict them."""
+    of = next((name for name in ("n", "c", "d") if name in problem.inputs), None)
+    if of is None:
+        return None
+    left_out = problem.inputs[of] == problem.inputs[of].max()
+    inputs = {name: x[~left_out] for name, x in problem.inputs.items()}
+    nothing = np.empty(0)
+    try:
+        refuse_unidentified(problem.law, inputs, problem.loss[~left_out])
+        smaller = Problem.of(problem.law, inputs, problem.loss[~left_out], problem.objective)
+        params = smaller.natural(solve(smaller).theta)
+    except AnalysisError as error:
+        return HeldOut(nothing, nothing, of, str(error))
+    targets = {name: x[left_out] for name, x in problem.inputs.items()}
+    return HeldOut(problem.law(params, targets), problem.loss[left_out], of)
