@@ -2,7 +2,8 @@
 
 Codes are compared with snapshots of earlier ones: at the last log line, and one and two steps ago.
 The loop takes those just before each log line (`remember`), so a step pays nothing for them, and
-they travel in checkpoints, so that an interrupted run logs what an undisturbed one does.
+they travel in checkpoints, so that an interrupted run logs what an undisturbed one does. Trits are
+kept in 2 bits: three snapshots of bytes would outweigh what int8 operands save in a step.
 """
 
 import functools
@@ -11,27 +12,46 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8
+from jaxtyping import Array, Float, Int8, UInt8
 
+from bitnet_jax import packing
 from bitnet_jax.latents import Latents, latent_codes, latents
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import Quantizer
 
-Codes = dict[str, Int8[Array, "L I d F"]]
+Codes = dict[str, Int8[Array, "L I d F"] | UInt8[Array, "L I d _"]]
 
 
 class Snapshots(NamedTuple):
-    """Codes at the last log line, two steps ago, and one step ago."""
+    """Codes at the last log line, two steps ago, and one step ago; packed where they fit."""
 
     logged: Codes
     before_last: Codes
     last: Codes
 
 
+def first(params: dict, precision: Precision) -> Snapshots:
+    """Before any step all are those of the initial values."""
+    codes = _packed(latent_codes(params, precision), precision)
+    return Snapshots(codes, codes, codes)
+
+
+def _packed(codes: dict[str, Array], precision: Precision) -> Codes:
+    quantizer = precision.weight_quantizer
+    if not packing.fits(quantizer):
+        return codes
+    return {name: packing.pack(own, quantizer) for name, own in codes.items()}
+
+
+def _unpacked(stored: Array, size: int, q: Quantizer) -> Int8[Array, "L I d F"]:
+    return packing.unpack(stored, size, q) if packing.fits(q) else stored
+
+
 @functools.partial(jax.jit, static_argnames="precision")
 def remember(snapshots: Snapshots, params: dict, precision: Precision) -> Snapshots:
     """Before a step: its codes are the last, and the last the ones before."""
-    return Snapshots(snapshots.logged, snapshots.last, latent_codes(params, precision))
+    codes = _packed(latent_codes(params, precision), precision)
+    return Snapshots(snapshots.logged, snapshots.last, codes)
 
 
 @functools.partial(jax.jit, static_argnames="precision")
@@ -51,18 +71,13 @@ def observe(
       near: within a tenth of a step of a threshold, where weights are said to be trapped
       beyond: more than half a step beyond the last level
     """
-    now = latents(params, precision)
-    stats = {
-        name: _statistics(
-            precision.weight_quantizer,
-            latent,
-            snapshots.logged[name],
-            snapshots.before_last[name],
-            snapshots.last[name],
-        )
-        for name, latent in now.items()
-    }
-    codes = {name: latent.codes for name, latent in now.items()}
+    quantizer, now = precision.weight_quantizer, latents(params, precision)
+    stats = {}
+    for name, latent in now.items():
+        size = latent.codes.shape[-1]
+        earlier = (_unpacked(codes[name], size, quantizer) for codes in snapshots)
+        stats[name] = _statistics(quantizer, latent, *earlier)
+    codes = _packed({name: latent.codes for name, latent in now.items()}, precision)
     return Snapshots(codes, snapshots.last, snapshots.last), stats
 
 

@@ -7,6 +7,7 @@ A group of runs of one shape, arm and schedule trains in step, as one compiled p
 
 import dataclasses
 import functools
+import math
 import operator
 import time
 from collections.abc import Callable, Sequence
@@ -23,6 +24,7 @@ from bitnet_jax.data import Corpus, RowReader, validation_rows
 from bitnet_jax.evaluate import held_out_losses
 from bitnet_jax.gradient_check import estimator_cosine
 from bitnet_jax.member import Job, LoopOptions, Member, number
+from bitnet_jax.model import linear_layers
 from bitnet_jax.spec import RunSpec
 from bitnet_jax.train_step import StepConfig, TrainState
 from bitnet_jax.trajectory import Segment, locate, total_ticks
@@ -257,7 +259,8 @@ class _Loop:
             self.state.snapshots, self.state.params
         )
         self.state = self.state.replace(snapshots=snapshots)
-        sizes = {name: codes[0, 0].size for name, codes in snapshots.logged.items()}
+        layers = linear_layers(self.state.params).items()
+        sizes = {name: math.prod(layer["kernel"].shape[2:]) for name, layer in layers}
         return jax.device_get(stats), sizes
 
     def _report(self) -> Report:

@@ -11,8 +11,8 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax import loss as losses
-from bitnet_jax import optim
-from bitnet_jax.latents import known_codes, latent_codes
+from bitnet_jax import optim, telemetry
+from bitnet_jax.latents import known_codes
 from bitnet_jax.matmul import DEPLOYED, Context
 from bitnet_jax.model import TransformerConfig, apply_hidden, init_params, linear_kernel
 from bitnet_jax.precision import Precision
@@ -77,7 +77,7 @@ def init_state(config: StepConfig, seed: int) -> TrainState:
         ),
         params,
     )
-    codes = latent_codes(stored, config.precision) if config.precision.quantized else None
+    quantized = config.precision.quantized
     return TrainState(
         params=stored,
         opt_state=optim.direction(config.optimizer).init(params),
@@ -86,7 +86,7 @@ def init_state(config: StepConfig, seed: int) -> TrainState:
         skips=jnp.int32(0),
         steps=jnp.int32(0),
         seed=jnp.int32(seed),
-        snapshots=None if codes is None else Snapshots(codes, codes, codes),
+        snapshots=telemetry.first(stored, config.precision) if quantized else None,
     )
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax import packing, telemetry
 from bitnet_jax.latents import latent_codes
 from bitnet_jax.precision import Precision
 from bitnet_jax.telemetry import Snapshots, observe, remember, summarize
@@ -26,16 +27,22 @@ def tree(q, down=None, step=None):
     return {"embedding": jnp.zeros((9, 4)), "blocks": {"attention": attention, "mlp": mlp}}
 
 
-def snapshots_of(*codes):
+def snapshots_of(*codes, precision=TERNARY):
     """Snapshots of `attention/q`, in arrays of their own, since they are donated."""
-    return Snapshots(*({"attention/q": jnp.array(c, jnp.int8, copy=True)} for c in codes))
+    quantizer = precision.weight_quantizer
+
+    def stored(c):
+        c = jnp.array(c, jnp.int8, copy=True)
+        return packing.pack(c, quantizer) if quantizer.levels <= 4 else c
+
+    return Snapshots(*({"attention/q": stored(c)} for c in codes))
 
 
 def statistics(params, precision, *codes):
     """Of q. codes: at the last log line, two steps ago and one step ago; else those of now."""
     now = latent_codes(params, precision)["attention/q"]
     codes = [np.reshape(c, now.shape) for c in codes] if codes else [now] * 3
-    _, stats = observe(snapshots_of(*codes), params, precision)
+    _, stats = observe(snapshots_of(*codes, precision=precision), params, precision)
     assert set(stats) == {"attention/q"}
     return {key: np.asarray(value) for key, value in stats["attention/q"].items()}
 
@@ -155,7 +162,10 @@ CODES = [np.asarray(latent_codes(params, TERNARY)["attention/q"]) for params in 
 def assert_snapshots(snapshots, *steps):
     """They are the codes of these steps."""
     for found, step in zip(snapshots, steps, strict=True):
-        np.testing.assert_array_equal(found["attention/q"], CODES[step])
+        packed = found["attention/q"]
+        codes = packing.unpack(packed, CODES[step].shape[-1], TERNARY.weight_quantizer)
+        np.testing.assert_array_equal(codes, CODES[step])
+        assert packed.dtype == jnp.uint8 and 4 * packed.nbytes == CODES[step].nbytes
 
 
 def test_snapshots_move_as_documented():
@@ -207,8 +217,6 @@ def test_known_weights():
     first = np.array([0, 1, 1, -1] * 8).reshape(2, 4, 4)
     second = np.array([0, 0, 0, 5] * 2).reshape(2, 2, 2)
     params = tree(first, second)
-    codes = latent_codes(params, TERNARY)
-    copies = (jax.tree.map(lambda c: jnp.array(c, copy=True), codes) for _ in range(3))
-    _, stats = observe(Snapshots(*copies), params, TERNARY)
+    _, stats = observe(telemetry.first(params, TERNARY), params, TERNARY)
     means = summarize(jax.device_get(stats), {"attention/q": 16, "mlp/down": 4})
     assert means["zero"] == pytest.approx(14 / 40, rel=1e-6)
