@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from analysis.identify import doubts, fixed_ratio, refuse_unidentified
+from analysis.identify import doubts, fixed_ratio, refuse_unidentified, unidentified
 from analysis.intervals import bootstrap as resampled
 from analysis.intervals import covariance, profile
 from analysis.laws import COUNTS, Law, get_law
@@ -253,12 +253,9 @@ def _hold_out(problem: Problem) -> HeldOut | None:
         return None
     left_out = problem.inputs[of] == problem.inputs[of].max()
     inputs = {name: x[~left_out] for name, x in problem.inputs.items()}
-    nothing = np.empty(0)
-    try:
-        refuse_unidentified(problem.law, inputs, problem.loss[~left_out])
-        smaller = Problem.of(problem.law, inputs, problem.loss[~left_out], problem.objective)
-        params = smaller.natural(solve(smaller).theta)
-    except AnalysisError as error:
-        return HeldOut(nothing, nothing, of, str(error))
+    if (reason := unidentified(problem.law, inputs)) is not None:
+        return HeldOut(np.empty(0), np.empty(0), of, reason)
+    # Weights of zero, rather than fewer points, share the compiled search.
+    params = problem.natural(solve(problem, weights=1.0 - left_out).theta)
     targets = {name: x[left_out] for name, x in problem.inputs.items()}
     return HeldOut(problem.law(params, targets), problem.loss[left_out], of)

@@ -362,15 +362,21 @@ class Solution:
     share_of_starts: float  # of the searched starts, those that ended in the same optimum
 
 
-def solve(problem: Problem, starts: np.ndarray | None = None) -> Solution:
-    """The best optimum of searches from starts [S, K], by default the law's most promising ones."""
-    starts = _promising_starts(problem, SEARCHED_STARTS) if starts is None else starts
-    reached = descend(problem, starts)
+def solve(
+    problem: Problem, starts: np.ndarray | None = None, weights: np.ndarray | None = None
+) -> Solution:
+    """The best optimum of searches from starts [S, K], by default the law's most promising ones.
+
+    weights: of the points [P]; all 1 by default.
+    """
+    given = np.ones(problem.loss.size) if weights is None else weights
+    starts = _promising_starts(problem, SEARCHED_STARTS, given) if starts is None else starts
+    reached = descend(problem, starts, np.tile(given, (len(starts), 1)))
     same = _same(problem, reached.value)
     best = int(reached.value.argmin())
     theta, gradient = reached.theta[best], reached.gradient[best]
     for delta in problem.objective.deltas[1:]:
-        narrower = descend(problem, theta[None], delta=delta)
+        narrower = descend(problem, theta[None], given[None], delta=delta)
         theta, gradient = narrower.theta[0], narrower.gradient[0]
     exact = reached.value[best] <= _EXACT * problem.loss.size
     return Solution(theta, 0.0 if exact else float(gradient), len(starts), float(same.mean()))
@@ -380,10 +386,10 @@ def _same(problem: Problem, values: np.ndarray) -> np.ndarray:
     return values <= values.min() * (1 + _SAME_OPTIMUM) + _EXACT * problem.loss.size
 
 
-def _promising_starts(problem: Problem, count: int) -> np.ndarray:
+def _promising_starts(problem: Problem, count: int, weights: np.ndarray) -> np.ndarray:
     """The `count` best points [count, K] of the law's grid of starts."""
     grid = problem.starts()
-    order = np.argsort(np.abs(problem.residuals(grid)).sum(axis=-1), kind="stable")
+    order = np.argsort(np.abs(problem.residuals(grid)) @ weights, kind="stable")
     return grid[order[:count]]
 
 
@@ -394,20 +400,18 @@ def refit(
     *,
     loss: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Optima [S, K] for S resamples with point weights [S, P] or losses [S, P], near `theta` [K].
+    """Optima [S, K] for S resamples with point weights [S, P] or losses [S, P], from `theta` [K].
 
-    One fresh start stands beside it, in case another valley has become the deeper one.
+    Stragglers, whose search did not end at an optimum, get a second one from a fresh start.
     """
     size = len(weights) if weights is not None else len(loss) if loss is not None else 1
-    starts = np.stack([theta, _promising_starts(problem, 1)[0]])
-    both = descend(
-        problem,
-        np.repeat(starts, size, axis=0),
-        None if weights is None else np.tile(weights, (2, 1)),
-        loss=None if loss is None else np.tile(loss, (2, 1)),
-    )
-    near, far = both.value[:size], both.value[size:]
-    best = np.where((near <= far)[:, None], both.theta[:size], both.theta[size:])
+    best = descend(problem, np.tile(theta, (size, 1)), weights, loss=loss)
+    ends, late = best.theta, np.flatnonzero(best.gradient > CERTIFIED)
+    if late.size:
+        fresh = _promising_starts(problem, 1, np.ones(problem.loss.size))
+        own = (None if rows is None else rows[late] for rows in (weights, loss))
+        again = descend(problem, np.tile(fresh, (late.size, 1)), next(own), loss=next(own))
+        ends[late] = np.where((again.value < best.value[late])[:, None], again.theta, ends[late])
     for delta in problem.objective.deltas[1:]:
-        best = descend(problem, best, weights, loss=loss, delta=delta).theta
-    return best
+        ends = descend(problem, ends, weights, loss=loss, delta=delta).theta
+    return ends
