@@ -162,9 +162,10 @@ def _residuals_and_jacobian(law, logarithmic, inputs, scales, theta, loss):
 class Descent(NamedTuple):
     """Where searches ended, or are so far.
 
-    gradient: the largest cosine between a derivative of the residuals and the (clipped) residuals
-      themselves, over the parameters that are not at a bound. It is 0 at an optimum, whatever the
-      units (MINPACK's criterion; More 1978); where residuals are rounding it means nothing.
+    gradient: the largest cosine between a derivative of the residuals and the residuals
+      themselves, both reweighted as the Huber loss has them, over the parameters that are not at a
+      bound. It is 0 at an optimum, whatever the units (MINPACK's criterion; More 1978); where
+      residuals are rounding it means nothing.
     idle: steps since the objective last fell.
     """
 
@@ -186,33 +187,35 @@ class _Stage(NamedTuple):
 
 
 # Most of the way goes in single precision, at a fraction of the time; the end decides.
-_STAGES = (_Stage(np.float32, 1e-5, 8, 1e-4), _Stage(np.float64, 1e-13, 8, 1e-10))
+_STAGES = (_Stage(np.float32, 1e-5, 8, 1e-4), _Stage(np.float64, 1e-13, 8, 1e-9))
 
 
 def _step(stage: _Stage, residuals: Callable, weights: Any, delta: Any, low: Any, high: Any):
     """One step of Levenberg-Marquardt within bounds, of one search."""
     tiny = float(np.finfo(stage.dtype).tiny)
 
-    def value(at: Any) -> Any:
-        total = jnp.sum(weights * _huber(residuals(at), delta))
+    def value(r: Any) -> Any:
+        total = jnp.sum(weights * _huber(r, delta))
         return jnp.where(jnp.isfinite(total), total, jnp.inf)
 
     def step(s: Descent) -> Descent:
-        r, j = residuals(s.theta), jax.jacfwd(residuals)(s.theta)
-        pull = weights * jnp.clip(r, -delta, delta)
-        downhill = -(pull @ j)
+        r, push = jax.linearize(residuals, s.theta)
+        j = jax.vmap(push)(jnp.eye(s.theta.size, dtype=s.theta.dtype))  # [K, P]
+        clipped = jnp.clip(r, -delta, delta)
+        downhill = -(j @ (weights * clipped))
         free = ((s.theta > low) | (downhill > 0)) & ((s.theta < high) | (downhill < 0))
         free &= low < high
-        j, downhill = jnp.where(free, j, 0), jnp.where(free, downhill, 0)
-        moves = _proposals(r, j, downhill, weights, delta, s.damping, tiny)
-        ends = jnp.clip(s.theta[None] + moves, low[None], high[None])
-        values = jax.vmap(value)(ends)
+        downhill = jnp.where(free, downhill, 0)
+        hessians = _curvatures(r, j, free, weights, delta)
+        ends = jnp.clip(
+            s.theta[None] + _moves(hessians, downhill, s.damping), low[None], high[None]
+        )
+        values = jax.vmap(lambda end: value(residuals(end)))(ends)
         best = jnp.argmin(values)
-        before = jnp.where(s.steps == 0, value(s.theta), s.value)
+        before = value(r)
         gained = values[best] < before
         progressed = values[best] < before * (1 - stage.progress)
-        clipped = jnp.sum(pull * jnp.clip(r, -delta, delta))
-        lengths = jnp.sqrt(clipped * jnp.sum(weights[:, None] * j**2, axis=0))
+        lengths = jnp.sqrt(jnp.sum(weights * clipped * r) * jnp.diagonal(hessians[0]))
         return Descent(
             jnp.where(gained, ends[best], s.theta),
             jnp.where(gained, values[best], before),
@@ -225,19 +228,26 @@ def _step(stage: _Stage, residuals: Callable, weights: Any, delta: Any, low: Any
     return step
 
 
-def _proposals(r: Any, j: Any, downhill: Any, weights: Any, delta: Any, damping: Any, tiny: float):
-    """Damped steps [2, K] downhill on the weighted Huber loss, by two models of its curvature.
+def _curvatures(r: Any, j: Any, free: Any, weights: Any, delta: Any) -> Any:
+    """Two models [2, K, K] of how the weighted Huber loss bends along j [K, P].
 
     Reweighted least squares is safe far from the optimum. Near it, only points within delta bend
     the Huber loss, and the step that counts them alone converges quadratically.
     """
-    reweighted = weights / jnp.maximum(jnp.abs(r) / delta, 1)
-    bending = weights * (jnp.abs(r) <= delta) + 1e-3 * reweighted
-    hessians = jnp.einsum("pk,cp,pl->ckl", j, jnp.stack([reweighted, bending]), j)
-    sizes = jnp.diagonal(hessians, axis1=1, axis2=2)
+    size = jnp.abs(r)
+    reweighted = weights / jnp.maximum(size / delta, 1)
+    bending = weights * (size <= delta) + 1e-3 * reweighted
+    weighted = jnp.stack([reweighted, bending])[:, None] * j[None]
+    hessians = jnp.einsum("ckp,lp->ckl", weighted, j)
     # A parameter at its bound has an empty row: it stays.
-    loads = jnp.where(sizes > 0, damping * sizes, 1) + tiny
-    damped = hessians + loads[:, :, None] * jnp.eye(j.shape[1], dtype=j.dtype)[None]
+    return jnp.where(free[None, :, None] & free[None, None, :], hessians, 0)
+
+
+def _moves(hessians: Any, downhill: Any, damping: Any) -> Any:
+    """The damped step [2, K] of each curvature."""
+    sizes = jnp.diagonal(hessians, axis1=1, axis2=2)
+    loads = jnp.where(sizes > 0, damping * sizes, 1)
+    damped = hessians + loads[:, :, None] * jnp.eye(downhill.size, dtype=downhill.dtype)[None]
     steps = jnp.linalg.solve(damped, jnp.broadcast_to(downhill, sizes.shape)[..., None])[..., 0]
     return jnp.clip(jnp.nan_to_num(steps), -1, 1)
 

@@ -10,9 +10,11 @@ Suites:
   step     seconds, tokens/s, share of the device's peak, peak memory and compile time of a step
   parts    each product, attention, norms, quantizers, head, optimizer, beside the whole step
   carriers both ways to multiply int8 codes, for the table in bitnet_jax/carriers.py
-  sweep    8 runs side by side against one by one; steps a call; FLOPs that branching saves
+  sweep    8 runs as one program, and 2 programs at once, against one by one; steps a call; FLOPs
+           that branching saves
   data     batches/s of the data pipeline, beside the tokens/s of the smallest model
   startup  until the first step: a second run in a process, a new process, a warm compilation cache
+  fit      the search for a law's parameters against a loop over scipy's
 
 What is compared runs by turns in one process, and its ratio is that of a turn; reported are the
 median and the range over --repeats turns. JSON: {"environment", "ratios": {NAME: {"median", "min",
@@ -34,7 +36,7 @@ from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.errors import ConfigError, choose, require
 from bitnet_jax.tracking import write_json
 from experiments import display
-from experiments.benchmark import carriers, data, parts, peers, startup, step, sweep, table
+from experiments.benchmark import carriers, data, fit, parts, peers, startup, step, sweep, table
 from experiments.benchmark.environment import environment
 from experiments.benchmark.result import Result
 from experiments.benchmark.workload import Workload
@@ -47,6 +49,7 @@ SUITES: dict[str, Callable[[Workload, step.Say], Result]] = {
     "sweep": sweep.run,
     "data": data.run,
     "startup": startup.run,
+    "fit": fit.run,
 }
 
 
