@@ -30,6 +30,8 @@ from analysis.tables import (
     select,
 )
 
+RUN = "run_id"
+
 _INPUTS = {
     "n": "parameters",
     "d": "training tokens",
@@ -54,7 +56,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'precision == \"fp16\"'")
     parser.add_argument("--objective", default="huber", help=f"one of {', '.join(OBJECTIVES)}")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="resamples")
-    parser.add_argument("--cluster", metavar="COLUMN", help="resample its values whole: run_id")
+    parser.add_argument(
+        "--cluster", metavar="COLUMN", help=f"resample its values whole; default: {RUN}, if there"
+    )
     parser.add_argument("--predict", metavar="FILE", help="a table of inputs to predict at")
     parser.add_argument("--plot", metavar="PNG", help="draw the points and the law")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -77,17 +81,17 @@ def _fit_table(args: argparse.Namespace, columns: Mapping[str, str]) -> Fit:
     refuse_undecayed(frame)
     kept = finished(frame)
     inputs, loss = points(kept, columns, args.loss)
-    clusters = None
-    if args.cluster is not None:
-        require(kept, args.cluster)
-        clusters = kept[args.cluster].to_numpy()
+    # Endpoints of one run share its trunk: they are no independent points.
+    cluster = args.cluster or (RUN if RUN in kept else None)
+    if cluster is not None:
+        require(kept, cluster)
     found = fit(
         args.law,
         inputs,
         loss,
         objective=args.objective,
         bootstrap=args.bootstrap,
-        clusters=clusters,
+        clusters=None if cluster is None else kept[cluster].to_numpy(),
         baseline=args.baseline,
     )
     if len(kept) == len(frame):
@@ -114,16 +118,36 @@ def _readable(document: Mapping[str, Any]) -> str:
         f"{document['objective']} {document['objective_value']:.6g}, "
         f"rms log residual {document['rms_log_residual']:.3g} "
         f"(largest {document['max_log_residual']:.3g}), "
-        f"{document['share_of_starts']:.0%} of {document['starts']} starts agree",
+        f"{document['share_of_starts']:.0%} of {document['starts']} starts agree, "
+        f"gradient {document['gradient']:.1g}",
     ]
+    width = max(map(len, document["params"]))
     for name, value in document["params"].items():
+        error = document["standard_errors"].get(name)
         low_high = document["intervals"].get(name)
-        interval = f"  [{low_high[0]:.6g}, {low_high[1]:.6g}]" if low_high else ""
-        lines.append(f"  {name:<6}{value:.8g}{interval}")
+        lines.append(
+            f"  {name:<{width}}  {value:<14.8g}"
+            + ("" if error is None else f"  se {error:<10.3g}")
+            + (f"  95 % [{low_high[0]:.6g}, {low_high[1]:.6g}]" if low_high else "")
+        )
+    lines += _held_out_lines(document["held_out"])
     for row in document["predictions"]:
         interval = "" if row["low"] is None else f"  [{row['low']:.5f}, {row['high']:.5f}]"
         lines.append(f"  predicted loss {row['loss']:.5f}{interval}")
     return "\n".join([*lines, *(f"warning: {warning}" for warning in document["warnings"])])
+
+
+def _held_out_lines(held_out: Mapping[str, Any] | None) -> list[str]:
+    if held_out is None:
+        return []
+    without = f"without the largest {held_out['of']}"
+    if "refused" in held_out:
+        return [f"{without}: {held_out['refused']}"]
+    return [
+        f"fitted {without}, it predicts those {held_out['points']} within "
+        f"{held_out['mean_relative_error']:.2%} on average, "
+        f"{held_out['max_relative_error']:.2%} at worst"
+    ]
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -45,6 +45,7 @@ class Parameter:
       n^-alpha is its coordinate times (geometric mean of n)^alpha.
     domain: `positive` parameters are searched as logarithms.
     group_value: of the baseline, where each further group has a parameter of its own.
+    each_group: every group has one of its own, the baseline too.
     """
 
     name: str
@@ -54,7 +55,13 @@ class Parameter:
     scales_with: tuple[Scaled, ...] = ()
     domain: Literal["positive", "real"] = "positive"
     group_value: float | None = None
+    each_group: bool = False
     group: str = ""
+
+    @property
+    def is_grouped(self) -> bool:
+        """Whether groups have values of their own."""
+        return self.each_group or self.group_value is not None
 
     @property
     def full_name(self) -> str:
@@ -91,28 +98,33 @@ class Law:
     @property
     def is_grouped(self) -> bool:
         """Whether groups have parameters of their own."""
-        return any(p.group_value is not None for p in self.parameters)
+        return any(p.is_grouped for p in self.parameters)
 
     def bind(self, groups: Sequence[str]) -> "Law":
-        """The law for these groups, the baseline first: a parameter for each of the others."""
+        """The law for these groups, the baseline first, with the parameters of each."""
         expanded: list[Parameter] = []
         for parameter in self.parameters:
-            if parameter.group_value is None:
+            if not parameter.is_grouped:
                 expanded.append(parameter)
             else:
-                expanded.extend(replace(parameter, group=label) for label in groups[1:])
+                own = groups if parameter.each_group else groups[1:]
+                expanded.extend(replace(parameter, group=label) for label in own)
         return replace(self, parameters=tuple(expanded), groups=tuple(groups))
 
     def evaluate(self, params: Params, inputs: Inputs) -> Any:
         """The loss, traceable. `group` is an index into `groups`."""
         if not self.groups:
             return self.formula(params, inputs)
-        own = {p.name: p.group_value for p in self.parameters if p.group_value is not None}
+        own = {p.name: p for p in self.parameters if p.is_grouped}
         index = jnp.asarray(inputs["group"], int)
         shared = {name: value for name, value in params.items() if "[" not in name}
-        for name, baseline in own.items():
+        for name, parameter in own.items():
             values = [params[f"{name}[{label}]"] for label in self.groups[1:]]
-            shared[name] = _choose([jnp.full_like(values[0], baseline), *values], index)
+            if parameter.group_value is None:
+                baseline = params[f"{name}[{self.groups[0]}]"]
+            else:
+                baseline = jnp.full_like(values[0], parameter.group_value)
+            shared[name] = _choose([baseline, *values], index)
         return self.formula(shared, inputs)
 
     def __call__(self, params: Params, inputs: Inputs) -> np.ndarray:
@@ -180,6 +192,11 @@ def _sum_of_powers(units: tuple[float, float] = (1.0, 1.0)) -> tuple[Parameter, 
         _exponent("alpha"),
         _exponent("beta"),
     )
+
+
+def _of_each_group(*parameters: Parameter) -> tuple[Parameter, ...]:
+    """With fewer starts each: the grid of starts grows with the groups too."""
+    return tuple(replace(p, starts=p.starts[:2], each_group=True) for p in parameters)
 
 
 # ---- Formulas ------------------------------------------------------------------------------------
@@ -301,6 +318,7 @@ def _power_law(name: str, of: str, source: str) -> Law:
 
 
 _CHINCHILLA_EQUATION = "L = {E} + {A} / N^{alpha} + {B} / D^{beta}"
+_SEPARATE_EQUATION = "A_g / N^alpha_g + B_g / D^beta_g for each group g"
 _EFFECTIVE_EQUATION = "L = {E} + {A} / N_eff^{alpha} + {B} / D^{beta}, "
 
 _ALL = (
@@ -454,6 +472,24 @@ _ALL = (
         formula=_epm,
         equation=_EFFECTIVE_EQUATION + "N_eff = rho (N / 10^6)^mu (D / 10^8)^nu N",
         source="this project: a multiplier that moves with N and D",
+    ),
+    Law(
+        name="shared_offset",
+        parameters=(_offset(), *_of_each_group(*_sum_of_powers()[1:])),
+        inputs=("n", "d", "group"),
+        distinct=3,
+        formula=_chinchilla,
+        equation="L = {E} + " + _SEPARATE_EQUATION,
+        source="Hoffmann et al. 2022 (arXiv:2203.15556), eq. 10, of groups that share E",
+    ),
+    Law(
+        name="separate",
+        parameters=_of_each_group(*_sum_of_powers()),
+        inputs=("n", "d", "group"),
+        distinct=3,
+        formula=_chinchilla,
+        equation="L = E_g + " + _SEPARATE_EQUATION,
+        source="Hoffmann et al. 2022 (arXiv:2203.15556), eq. 10, of each group alone",
     ),
 )
 

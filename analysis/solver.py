@@ -248,8 +248,21 @@ def _moves(hessians: Any, downhill: Any, damping: Any) -> Any:
     sizes = jnp.diagonal(hessians, axis1=1, axis2=2)
     loads = jnp.where(sizes > 0, damping * sizes, 1)
     damped = hessians + loads[:, :, None] * jnp.eye(downhill.size, dtype=downhill.dtype)[None]
-    steps = jnp.linalg.solve(damped, jnp.broadcast_to(downhill, sizes.shape)[..., None])[..., 0]
+    steps = _eliminate(damped, jnp.broadcast_to(downhill, sizes.shape))
     return jnp.clip(jnp.nan_to_num(steps), -1, 1)
+
+
+def _eliminate(a: Any, b: Any) -> Any:
+    """The solution [C, K] of positive definite systems a [C, K, K] x = b [C, K], by Gauss-Jordan.
+
+    Not jnp.linalg.solve: on a CPU its batched LAPACK calls wait inside the threads that they need,
+    and two programs side by side can wait for each other for ever (jax 0.10 and 0.12).
+    """
+    rows = jnp.concatenate([a, b[..., None]], axis=-1)
+    for k in range(b.shape[-1]):
+        pivot = rows[:, k] / rows[:, k, k][:, None]
+        rows = (rows - rows[:, :, k][:, :, None] * pivot[:, None]).at[:, k].set(pivot)
+    return rows[..., -1]
 
 
 @functools.partial(jax.jit, static_argnames=("law", "logarithmic", "stage"))

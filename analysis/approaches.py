@@ -1,0 +1,225 @@
+"""The compute-optimal split of parameters and tokens by three approaches, side by side.
+
+    python -m analysis.approaches results/cpu-2core/quickstart/endpoints.csv \\
+        --n=params_non_embedding --d=tokens --c=flops --loss=loss --where='precision == "ternary"'
+
+The approaches are those of Hoffmann et al. 2022 (arXiv:2203.15556, section 3): the envelope of
+training curves, isoFLOP profiles and a fitted law. Each says what it had to leave out, or why it
+cannot say anything. With --sensitivity, so does each choice that the fitted law's numbers rest on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from analysis.command import Parser, status
+from analysis.envelope import curves, envelope
+from analysis.isoflop import INTERPOLANTS, Method, isoflop
+from analysis.optima import LEAST_BUDGETS, Allocation, Points, refuse_few_samples
+from analysis.parametric import parametric
+from analysis.sensitivity import sensitivity
+from analysis.tables import (
+    AnalysisError,
+    count_text,
+    finished,
+    numbers,
+    points,
+    read_table,
+    refuse_undecayed,
+    require,
+    select,
+)
+
+WINDOWS = (4.0, 16.0)  # factors of size about the least loss, for the sensitivity of profiles
+_SHOWN = 3  # notes of an approach, printed for a person
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Points and what is known of them: labels of clusters and of runs [P], where there are."""
+
+    points: Points
+    clusters: np.ndarray | None = None
+    runs: np.ndarray | None = None
+
+    def at_budgets(self, count: int) -> Sample:
+        """The runs' curves at `count` budgets, a cluster a run: profiles where none were meant."""
+        if self.runs is None:
+            raise AnalysisError("profiles at budgets between the points need the runs' names")
+        found, labels = curves(self.points, self.runs, count).points()
+        return Sample(found, labels, labels)
+
+
+def compare_approaches(
+    sample: Sample,
+    *,
+    bootstrap: int = 0,
+    budgets: int = 0,
+    noise: float = 0.0,
+    windows: Iterable[float] = (),
+    seed: int = 0,
+) -> list[Allocation]:
+    """Every approach's power laws, and which of them the points refuse.
+
+    Approach 2 takes the points' own budgets, or `budgets` of them from curves of the runs; `noise`
+    (nats a token) makes its intervals those of noisy copies. It stands once for each interpolant,
+    and again within each of `windows`. `bootstrap` resamples clusters for every other interval.
+    """
+    options = {"bootstrap": bootstrap, "seed": seed}
+
+    def envelopes() -> Allocation:
+        if sample.runs is None:
+            raise AnalysisError("an envelope of training curves needs the runs' names")
+        return envelope(sample.points, sample.runs, clusters=sample.clusters, **options)
+
+    def profiled(method: Method) -> Allocation:
+        own = sample.at_budgets(budgets) if budgets else sample
+        return isoflop(own.points, method, clusters=own.clusters, **options)
+
+    methods = [
+        Method(interpolant, window, noise, bootstrap if noise else 0)
+        for window in (math.inf, *windows)
+        for interpolant in INTERPOLANTS
+    ]
+    return [
+        _tried("envelope", envelopes),
+        *(_tried(f"isoflop {method.name}", partial(profiled, method)) for method in methods),
+        _tried(
+            "parametric",
+            lambda: parametric(sample.points, clusters=sample.clusters, **options),
+        ),
+    ]
+
+
+def _tried(name: str, approach: Callable[[], Allocation]) -> Allocation:
+    try:
+        return approach()
+    except AnalysisError as error:
+        return Allocation(name, refused=str(error))
+
+
+# ---- The command ---------------------------------------------------------------------------------
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m analysis.approaches", description="Compute-optimal splits.")
+    add = parser.add_argument
+    add("file", metavar="FILE", help="a .csv or .parquet table, a row an endpoint or a step")
+    add("--n", metavar="COLUMN", required=True, help="parameters")
+    add("--d", metavar="COLUMN", required=True, help="training tokens")
+    add("--c", metavar="COLUMN", required=True, help="training FLOPs")
+    add("--loss", metavar="COLUMN", required=True, help="loss in nats a token")
+    add("--n_total", metavar="COLUMN", help="parameters by another convention, for --sensitivity")
+    add("--where", metavar="EXPR", help="rows to use, as 'precision == \"fp16\"'")
+    add("--cluster", metavar="COLUMN", help="resample its values whole: run_id")
+    add("--run", metavar="COLUMN", help="whose rows are one curve: run_id; for the envelope")
+    add("--budgets", type=int, default=0, metavar="N", help="profiles between the runs' points")
+    add("--at", type=float, metavar="FLOPS", help="compute to split; by default the largest")
+    add("--bootstrap", type=int, default=0, metavar="N", help="resamples")
+    add("--noise", type=float, default=0.0, metavar="NATS", help="of a loss, for profiles")
+    add("--sensitivity", action="store_true", help="and with other choices, one at a time")
+    add("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _refuse_options(args: argparse.Namespace) -> None:
+    if args.at is not None and not 0 < args.at < math.inf:
+        raise AnalysisError(f"--at={args.at:g}: expected a positive number of FLOPs")
+    if args.noise < 0 or (args.noise and not args.bootstrap):
+        raise AnalysisError(
+            f"--noise={args.noise:g}: expected 0 or more, and --bootstrap=N with it"
+        )
+    if args.budgets and (args.budgets < LEAST_BUDGETS or args.run is None):
+        raise AnalysisError(
+            f"--budgets={args.budgets}: expected {LEAST_BUDGETS} or more, and --run=COLUMN with it"
+        )
+    if args.n_total is not None and not args.sensitivity:
+        raise AnalysisError("--n_total is for --sensitivity")
+    refuse_few_samples(args.bootstrap)
+
+
+def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None]:
+    """The sample, and parameters by the other convention."""
+    frame = read_table(args.file)
+    if args.where is not None:
+        frame = select(frame, args.where)
+    refuse_undecayed(frame)
+    kept = finished(frame)
+    inputs, loss = points(kept, {"n": args.n, "d": args.d, "c": args.c}, args.loss)
+    labels = {}
+    for option in ("cluster", "run"):
+        column = getattr(args, option)
+        if column is not None:
+            require(kept, column)
+            labels[option] = kept[column].astype(str).to_numpy()
+    whole = Points(inputs["c"], inputs["n"], inputs["d"], loss)
+    other = None if args.n_total is None else numbers(kept, args.n_total)
+    return Sample(whole, labels.get("cluster"), labels.get("run")), other
+
+
+def _readable(document: Mapping[str, Any]) -> str:
+    """The JSON document as lines for a person."""
+    lines = [f"at {document['at']:.4g} FLOPs", f"{'approach':<30}{'N* ~ C^a':<28}{'N*':<10}D*"]
+    for row in document["approaches"]:
+        if "refused" in row:
+            lines.append(f"{row['approach']:<30}refused: {row['refused']}")
+        else:
+            low_high = row["n"]["interval"]
+            interval = "  [{:.4f}, {:.4f}]".format(*low_high) if low_high else ""
+            counts = f"{count_text(row['n']['at']):<10}{count_text(row['d']['at'])}"
+            exponent = f"{row['n']['exponent']:.4f}{interval}"
+            beyond = "  extrapolated" if row["extrapolated"] else ""
+            lines.append(f"{row['approach']:<30}{exponent:<28}{counts}{beyond}")
+        lines.extend(f"  note: {note}" for note in row["notes"][:_SHOWN])
+        if len(row["notes"]) > _SHOWN:
+            lines.append(f"  and {len(row['notes']) - _SHOWN} more: see --json")
+    if document["sensitivity"]:
+        lines.append(f"{'choice':<30}{'a':<9}{'b':<9}{'E':<9}{'N*':<10}D*")
+    for row in document["sensitivity"]:
+        if row["refused"]:
+            lines.append(f"{row['choice']:<30}refused: {row['refused']}")
+        else:
+            numbers = "".join(f"{row[name]:<9.4f}" for name in ("a", "b", "e"))
+            counts = f"{count_text(row['n']):<10}{count_text(row['d'])}"
+            lines.append(f"{row['choice']:<30}{numbers}{counts}")
+        lines.extend(f"  warning: {warning}" for warning in row["warnings"])
+    return "\n".join(lines)
+
+
+def _run(args: argparse.Namespace) -> None:
+    _refuse_options(args)
+    sample, other = _read(args)
+    at = float(sample.points.c.max()) if args.at is None else args.at
+    found = compare_approaches(
+        sample,
+        bootstrap=args.bootstrap,
+        budgets=args.budgets,
+        noise=args.noise,
+        windows=WINDOWS if args.sensitivity else (),
+    )
+    choices = sensitivity(sample.points, at, n_other=other) if args.sensitivity else []
+    document = {
+        "n_points": int(sample.points.loss.size),
+        "at": at,
+        "approaches": [row.to_json(at) for row in found],
+        "sensitivity": [row.to_json() for row in choices],
+    }
+    print(json.dumps(document, indent=2) if args.json else _readable(document))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit status 0, or 2 for what the user can mend."""
+    return status(lambda: _run(_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

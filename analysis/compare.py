@@ -1,0 +1,183 @@
+"""Do two arms follow the same scaling law, and what is a parameter of one worth in the other's?
+
+    python -m analysis.compare results/quickstart/endpoints.parquet \\
+        --baseline=fp16 --treatment=ternary --pair=size,seed --cost=model_bits
+
+It ends in one sentence: the verdict (the rule is in analysis/comparing.py), the multiplier of N
+with its 95 % interval, and the sizes, tokens and runs that it holds for.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from analysis.command import Parser, status
+from analysis.comparing import RELEVANT, Comparison, compare
+from analysis.nested import ALLOWED
+from analysis.tables import (
+    COLUMNS,
+    AnalysisError,
+    finished,
+    numbers,
+    points,
+    read_table,
+    refuse_undecayed,
+    require,
+    select,
+)
+from analysis.two_arms import TwoArms
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+DRAWS = 1000
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m analysis.compare", description="Compare the laws of two arms.")
+    parser.add_argument("file", metavar="FILE", help="a .csv or .parquet table, a row an endpoint")
+    parser.add_argument("--baseline", metavar="ARM", required=True, help="its parameters count one")
+    parser.add_argument("--treatment", metavar="ARM", required=True, help="the arm compared to it")
+    for name, text in {"n": "parameters", "d": "training tokens", "c": "training FLOPs"}.items():
+        parser.add_argument(f"--{name}", metavar="COLUMN", default=COLUMNS[name], help=text)
+    parser.add_argument("--loss", metavar="COLUMN", default="loss", help="loss in nats a token")
+    parser.add_argument(
+        "--arm", metavar="COLUMN", default="precision", help="which arm a row is of"
+    )
+    parser.add_argument("--cluster", metavar="COLUMN", default="run_id", help="drawn as a whole")
+    parser.add_argument(
+        "--pair", metavar="COLUMNS", help="runs equal in them, as size,seed, are drawn together"
+    )
+    parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'tokens > 1e6'")
+    parser.add_argument("--objective", default="log_mse", help=f"one of {', '.join(ALLOWED)}")
+    parser.add_argument("--bootstrap", type=int, default=DRAWS, metavar="N", help="draws")
+    parser.add_argument(
+        "--cost", metavar="COLUMN", action="append", default=[], help="a cost of a size; repeatable"
+    )
+    parser.add_argument(
+        "--relevant",
+        type=float,
+        default=RELEVANT,
+        metavar="SHARE",
+        help="of the loss, that matters",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return parser
+
+
+def _rows(args: argparse.Namespace) -> "pd.DataFrame":
+    """The rows of the two arms."""
+    if args.baseline == args.treatment:
+        raise AnalysisError(f"--baseline and --treatment are both {args.baseline!r}")
+    frame = read_table(args.file)
+    if args.where is not None:
+        frame = select(frame, args.where)
+    require(frame, args.arm)
+    labels = frame[args.arm].astype(str)
+    for option, label in (("baseline", args.baseline), ("treatment", args.treatment)):
+        if not (labels == label).any():
+            known = ", ".join(dict.fromkeys(labels))
+            raise AnalysisError(f"--{option}={label}: column {args.arm!r} has {known}")
+    frame = frame[labels.isin([args.baseline, args.treatment])]
+    refuse_undecayed(frame)
+    return frame
+
+
+def _two_arms(args: argparse.Namespace, frame: "pd.DataFrame") -> TwoArms:
+    inputs, loss = points(frame, {name: getattr(args, name) for name in COLUMNS}, args.loss)
+    require(frame, args.cluster)
+    pairs = None
+    if args.pair is not None:
+        columns = args.pair.split(",")
+        require(frame, *columns)
+        pairs = frame[columns].astype(str).agg(" ".join, axis=1).to_numpy()
+    return TwoArms(
+        arms=(args.baseline, args.treatment),
+        **inputs,
+        costs={column: numbers(frame, column) for column in args.cost},
+        loss=loss,
+        group=(frame[args.arm].astype(str) == args.treatment).to_numpy(int),
+        runs=frame[args.cluster].astype(str).to_numpy(),
+        pairs=pairs,
+    )
+
+
+def _compare_table(args: argparse.Namespace) -> Comparison:
+    frame = _rows(args)
+    kept = finished(frame)
+    found = compare(
+        _two_arms(args, kept),
+        objective=args.objective,
+        bootstrap=args.bootstrap,
+        relevant=args.relevant,
+    )
+    if len(kept) == len(frame):
+        return found
+    left_out = f"left out {len(frame) - len(kept)} endpoints that diverged or failed"
+    return replace(found, warnings=(*found.warnings, left_out))
+
+
+def _number(value: float | None, form: str = ".4g") -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    shown = f"{_number(row['value'])}"
+    if row["low"] is None and row["high"] is None:
+        return shown
+    return f"{shown}  [{_number(row['low'])}, {_number(row['high'])}]"
+
+
+def _readable(document: Mapping[str, Any]) -> str:
+    """The JSON document as lines for a person; a dash is what cannot be told."""
+    lines = [f"  {'law':<14}parameters  {document['objective']:<12}AIC       AICc      BIC"]
+    for step in document["ladder"]:
+        criteria = "".join(f"{_number(step[name], '.1f'):<10}" for name in ("aic", "aicc", "bic"))
+        size, value = step["n_parameters"], step["objective_value"]
+        lines.append(f"  {step['step']:<14}{size:<12}{value:<12.4g}{criteria}")
+    for test in document["tests"]:
+        lines.append(
+            f"  {test['larger']} against {test['smaller']}: statistic {test['statistic']:.4g}, "
+            f"p {_number(test['p'], '.2g')}, after Holm {_number(test['p_holm'], '.2g')}"
+        )
+    if document["estimates"] is not None:
+        lines += _readable_estimates(document["estimates"])
+    lines += [f"refused: {reason}" for reason in document["refused"]]
+    lines += [f"warning: {warning}" for warning in document["warnings"]]
+    return "\n".join([*lines, document["sentence"]])
+
+
+def _readable_estimates(found: Mapping[str, Any]) -> list[str]:
+    lines = [f"rho {_interval(found['rho'])}"]
+    for kind, text in (("rho_at", "by epm"), ("iso_loss_rho", "by equal loss")):
+        for row in found[kind]:
+            lines.append(f"  rho at N {row['n']:.3g}, D {row['d']:.3g} {text} {_interval(row)}")
+    for name, rows in found["iso_loss_costs"].items():
+        for row in rows:
+            note = "" if row["measured"] else "  extrapolated"
+            lines.append(f"  {name} for equal loss {row['loss']:.4g}: x {_interval(row)}{note}")
+    for name, row in found["crossovers"].items():
+        shares = (
+            f"; none in the observed range in {row['none_observed']:.0%} of draws, none at all in "
+            f"{row['none_within_reach']:.0%}"
+        )
+        drawn = found["rho"]["low"] is not None
+        lines.append(f"  as good from {name} {_interval(row)} on{shares if drawn else ''}")
+    return lines
+
+
+def _run(args: argparse.Namespace) -> None:
+    document = _compare_table(args).to_json()
+    print(json.dumps(document, indent=2) if args.json else _readable(document))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit status 0, or 2 for what the user can mend."""
+    return status(lambda: _run(_parser().parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
