@@ -34,7 +34,8 @@ def bootstrap(
     That is with fewer clusters than parameters and three, or when most resamples cannot identify
     the law.
     """
-    weights = resamples(problem.loss.size, count, clusters, seed)
+    strata = problem.inputs["group"] if problem.law.groups else None
+    weights = resamples(problem.loss.size, count, clusters, seed, strata)
     if memberships(problem.loss.size, clusters)[0] < theta.size + 3:
         return np.empty((0, theta.size))
     kept = [w for w in weights if unidentified(problem.law, _chosen(problem, w)) is None]
@@ -44,14 +45,32 @@ def bootstrap(
 
 
 def resamples(
-    points: int, count: int, clusters: np.ndarray | None = None, seed: int = 0
+    points: int,
+    count: int,
+    clusters: np.ndarray | None = None,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
 ) -> np.ndarray:
-    """How often each point is drawn [R, P], when whole clusters are."""
+    """How often each point is drawn [R, P], when whole clusters are.
+
+    strata: labels [P]; clusters are drawn within each, so that no arm vanishes from a resample.
+    Where a cluster lies in several strata, as a pair of runs does, all are drawn together.
+    """
     size, membership = memberships(points, clusters)
-    rng = np.random.default_rng(seed)
-    drawn = rng.integers(size, size=(count, size))
-    times = np.stack([np.bincount(row, minlength=size) for row in drawn]) if count else drawn
-    return times[:, membership].astype(float)
+    rng, times = np.random.default_rng(seed), np.zeros((count, size))
+    for members in _strata(size, membership, strata):
+        drawn = members[rng.integers(len(members), size=(count, len(members)))]
+        np.add.at(times, (np.arange(count)[:, None], drawn), 1)
+    return times[:, membership]
+
+
+def _strata(size: int, membership: np.ndarray, strata: np.ndarray | None) -> list[np.ndarray]:
+    """The clusters of each stratum."""
+    if strata is not None:
+        found = [np.unique(membership[strata == label]) for label in np.unique(strata)]
+        if sum(map(len, found)) == size:
+            return found
+    return [np.arange(size)]
 
 
 def _chosen(problem: Problem, weights: np.ndarray) -> dict[str, np.ndarray]:

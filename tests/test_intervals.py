@@ -35,6 +35,17 @@ def test_clusters_are_drawn_whole():
     np.testing.assert_array_equal(weights, resamples(6, 500, runs, seed=3))
 
 
+def test_no_arm_vanishes_from_a_resample():
+    """Runs are drawn within their arm; pairs that lie in both arms are drawn as they are."""
+    arms = np.repeat(["fp16", "ternary"], [9, 2])
+    weights = resamples(11, 300, strata=arms)
+    np.testing.assert_array_equal(weights[:, arms == "ternary"].sum(axis=1), 2)
+    assert (resamples(11, 300)[:, arms == "ternary"].sum(axis=1) == 0).any()
+    pairs = np.tile(np.arange(3), 2)
+    paired = resamples(6, 300, pairs, strata=np.repeat(["fp16", "ternary"], 3))
+    np.testing.assert_array_equal(paired[:, :3], paired[:, 3:])
+
+
 def test_covariance_of_independent_points_is_that_of_least_squares():
     """Close to s^2 (J'J)^-1 of nonlinear regression where the scatter is even."""
     x, loss, _ = sweep(sizes=16, budgets=14)

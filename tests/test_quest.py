@@ -88,14 +88,9 @@ def test_published_effective_parameters_lie_in_intervals_of_most_runs():
     arms = frame["P"].astype(str).to_numpy()
     found = fitted(n, d, loss, arms)
     assert found.objective_value < published_objective(n, d, loss, arms)
-    weights = np.empty((200, loss.size))
-    for seed, arm in enumerate(found.law.groups):
-        weights[:, arms == arm] = resamples(int((arms == arm).sum()), 200, seed=seed)
-    # 32 draws from two starts are one block of searches. Blocks side by side can wait for one
-    # another for ever where a law has 17 parameters and the machine two cores.
-    blocks = np.split(weights, range(32, len(weights), 32))
-    thetas = [refit(found.problem, found.solution.theta, block) for block in blocks]
-    drawn = found.problem.natural(np.concatenate(thetas))
+    weights = resamples(loss.size, 200, strata=arms)
+    thetas = refit(found.problem, found.solution.theta, weights)
+    drawn = found.problem.natural(thetas)
     for arm, worth in INTEGERS.items():
         low, high = np.percentile(drawn[f"rho[{arm}]"], INTERVAL)
         assert low < worth < high
