@@ -256,7 +256,7 @@ def _eliminate(a: Any, b: Any) -> Any:
     """The solution [C, K] of positive definite systems a [C, K, K] x = b [C, K], by Gauss-Jordan.
 
     Not jnp.linalg.solve: on a CPU its batched LAPACK calls wait inside the threads that they need,
-    and two programs side by side can wait for each other for ever (jax 0.10 and 0.12).
+    and two programs side by side can wait for each other for ever (seen with jax 0.10.2).
     """
     rows = jnp.concatenate([a, b[..., None]], axis=-1)
     for k in range(b.shape[-1]):

@@ -66,7 +66,11 @@ def train_all(
 
 
 class _Launch:
-    """Groups on their way: each worker, a thread, takes the next one until none is left."""
+    """Groups on their way: each worker, a thread, takes the next one until none is left.
+
+    A program for a CPU that calls batched LAPACK (jnp.linalg.solve and the like) must not train
+    beside another: such calls wait inside the threads that they need (seen with jax 0.10.2).
+    """
 
     def __init__(
         self, plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]
