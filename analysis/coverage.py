@@ -171,10 +171,10 @@ def _readable(document: Mapping[str, Any]) -> str:
     runs = len(ARMS) * len(document["design"]["sizes"]) * document["design"]["seeds"]
     lines = [f"{document['replicates']} sweeps of {runs} runs, {document['objective']}"]
     for name, row in document["coverage"].items():
+        held = f"{row['share']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
         lines.append(
-            f"  {name:<11}{row['share']:.1%} [{row['low']:.1%}, {row['high']:.1%}] of the 95 % "
-            f"intervals held {row['truth']:.4g}; estimates scatter by {row['standard_deviation']:.2g}"
-            f", bias {row['bias']:+.1g}"
+            f"  {name:<11}{held} of the 95 % intervals held {row['truth']:.4g}; estimates scatter "
+            f"by {row['standard_deviation']:.2g}, bias {row['bias']:+.1g}"
         )
     return "\n".join(lines)
 
