@@ -6,6 +6,7 @@ Colours are Okabe and Ito's (2008), told apart by colour-blind readers; arms dif
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -21,11 +22,14 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.curves import loss_against_compute
 from analysis.fitting import Fit
+from analysis.information import points as ends
 from analysis.tables import COLUMNS, count_text, finished
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+
+    from analysis.designs import Design
 
 ARM_NAMES = {
     "ternary": "ternary (W1.58 A8)",
@@ -325,4 +329,86 @@ def law_and_points(found: Fit) -> Figure:
         above.set_ylabel("measured loss (nats per token)")
         below.set_ylabel("residual (%)")
         below.set_xlabel("fitted loss (nats per token)")
+    return figure
+
+
+def design_grid(design: Design) -> Figure:
+    """Each end of a design's runs, as large as it has seeds, over the loss that is expected there.
+
+    The contours are of the law's loss in the baseline's arm, where it has arms.
+    """
+    seeds = Counter(ends(design.grid))
+    n, d = np.array(list(seeds)).T
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 4.6), layout="constrained")
+        axes = figure.add_subplot()
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlim(d.min() / 1.7, d.max() * 1.7)
+        axes.set_ylim(n.min() / 1.7, n.max() * 1.7)
+        axes.grid(visible=False)
+        _draw_expected_loss(axes, design)
+        for size in np.unique(n):
+            own = d[n == size]
+            axes.hlines(size, own.min(), own.max(), color="#0072B2", linewidth=1, zorder=2)
+        sizes = {count: 26 * count for count in sorted(set(seeds.values()))}
+        for count, area in sizes.items():
+            own = np.array([point for point, times in seeds.items() if times == count])
+            axes.scatter(
+                own[:, 1],
+                own[:, 0],
+                s=area,
+                color="#0072B2",
+                edgecolors="white",
+                linewidths=0.8,
+                label=f"{count} seed{'s' if count > 1 else ''}",
+                zorder=3,
+            )
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(FuncFormatter(_tick))
+            axis.set_minor_formatter(NullFormatter())
+        axes.set_xlabel("training tokens")
+        axes.set_ylabel("non-embedding parameters")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
+    return figure
+
+
+def _draw_expected_loss(axes: Axes, design: Design) -> None:
+    """Labelled contours of the law's loss (nats a token) over the axes' range."""
+    d, n = np.meshgrid(np.geomspace(*axes.get_xlim(), 80), np.geomspace(*axes.get_ylim(), 80))
+    setting = design.setting
+    loss = setting.law(setting.params, {"n": n, "d": d, "group": np.zeros(n.shape)})
+    lines = axes.contour(d, n, loss, levels=8, colors="#aaaaaa", linewidths=0.9, zorder=1)
+    axes.clabel(lines, fmt=lambda level: f"{level:.3g} nats", fontsize=8, colors="#666666")
+
+
+def predicted_and_measured(scored: pd.DataFrame) -> Figure:
+    """Measured losses about those predicted before (%), with 95 % prediction intervals.
+
+    `scored` has predicted, low, high and measured losses, a row a result, as in
+    analysis.scores.Scores; low and high may be missing.
+    """
+    predicted = scored["predicted"].to_numpy(float)
+    low, high, measured = (
+        100 * (scored[column].to_numpy(float) / predicted - 1)
+        for column in ("low", "high", "measured")
+    )
+    outside = (measured < low) | (measured > high)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6.4, 3.8), layout="constrained")
+        axes = figure.add_subplot()
+        axes.axhline(0, color="#999999", linewidth=1, zorder=1)
+        axes.vlines(predicted, low, high, color="#bbbbbb", linewidth=3, zorder=2,
+                    label="95 % prediction interval")  # fmt: skip
+        for chosen, colour, marker, label in (
+            (~outside, "#0072B2", "o", "measured"),
+            (outside, "#D55E00", "X", "measured, outside"),
+        ):
+            if chosen.any():
+                axes.scatter(predicted[chosen], measured[chosen], color=colour, marker=marker,
+                             edgecolors="white", linewidths=0.8, s=42, label=label,
+                             zorder=3)  # fmt: skip
+        axes.set_xlabel("predicted loss (nats per token)")
+        axes.set_ylabel("measured over predicted loss (%)")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside upper center", ncols=3)
     return figure

@@ -176,6 +176,78 @@ def test_isoflop_sizes_that_cannot_be():
             isoflop.get_config(f"size={arg}")
 
 
+def grid_file(tmp_path, text):
+    path = tmp_path / "chosen.csv"
+    path.write_text(text)
+    return path
+
+
+def test_isoflop_takes_a_grid(tmp_path, tiny_corpus):
+    """Rows of a size and seed are ends of one run, in both arms; other columns are left alone."""
+    path = grid_file(
+        tmp_path,
+        "size,params_non_embedding,tokens,seed\n27k,27040,150000,0\n27k,27040,80000,0\n"
+        "27k,27040,80000,1\n56k,55888,90000.0,0\n",
+    )
+    config, plan = plan_of("isoflop", tiny_corpus, tmp_path, f"grid={path}")
+    assert config.name == "isoflop-chosen"
+    for arm in ("ternary", "fp16"):
+        specs = [run.spec for run in plan.runs if run.spec.step.precision.name == arm]
+        assert [(spec.size, spec.seed_init, spec.ends) for spec in specs] == [
+            ("27k", 0, (78, 146)), ("27k", 1, (78,)), ("56k", 0, (88,)),
+        ]  # fmt: skip
+
+
+def test_isoflop_grid_counts_seeds_or_takes_one(tmp_path):
+    def runs(text):
+        return isoflop.read_grid(str(grid_file(tmp_path, text)))
+
+    assert runs("size,tokens\n27k,80000\n27k,90000\n") == (("27k", 0, (80_000, 90_000)),)
+    assert runs("size,tokens,seeds\n27k,80000,2\n27k,90000,1\n") == (
+        ("27k", 0, (80_000, 90_000)), ("27k", 1, (80_000,)),
+    )  # fmt: skip
+
+
+def test_a_grid_changes_no_default(tmp_path):
+    """The profile's own config and points, of which identities are made, are as ever."""
+    config = isoflop.get_config()
+    assert config == isoflop.get_config("size=800k") and config.name == "isoflop-800k"
+    assert "grid" not in config.sweep and config.sweep.budgets == (0.5, 0.8, 1.25, 2.0)
+    points = isoflop.sweep(config)
+    assert len(points) == 10 and set(points[0]) == {"model.size", "train.tokens", "precision"}
+    assert points[-1]["train.tokens"] == isoflop.budgets_in_tokens(config, "800k")
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("size,tokens\n", "it has no rows"),
+        ("", "it has no rows"),
+        ("name,tokens\n27k,80000\n", "a row has no 'size'"),
+        ("size,flops\n27k,80000\n", "a row has no 'tokens'"),
+        ("size,tokens\n27k\n", "a row has no 'tokens'"),
+        ("size,tokens\n5k,80000\n", "choose from 27k"),
+        ("size,tokens\n27k,many\n", "tokens 'many'; expected a whole number from 1"),
+        ("size,tokens\n27k,0\n", "tokens '0'; expected a whole number from 1"),
+        ("size,tokens\n27k,8.5\n", "tokens '8.5'; expected a whole number"),
+        ("size,tokens,seed\n27k,80000,-1\n", "seed '-1'; expected a whole number from 0"),
+        ("size,tokens,seeds\n27k,80000,0\n", "seeds '0'; expected a whole number from 1"),
+    ],
+)
+def test_isoflop_grids_that_cannot_be(tmp_path, text, right):
+    with pytest.raises(ConfigError, match=right) as error:
+        isoflop.get_config(f"grid={grid_file(tmp_path, text)}")
+    assert "\n" not in str(error.value)
+
+
+def test_isoflop_takes_a_size_or_a_grid_that_is_there(tmp_path):
+    with pytest.raises(ConfigError, match="cannot be read"):
+        isoflop.get_config("grid=absent.csv")
+    path = grid_file(tmp_path, "size,tokens\n27k,80000\n")
+    with pytest.raises(ConfigError, match="a grid has its own sizes"):
+        isoflop.get_config(f"size=800k,grid={path}")
+
+
 def test_learning_rates_bracket_the_default(tiny_corpus, tmp_path):
     """Each arm's own default lies inside the grid at each size, not at its edge."""
     config, plan = plan_of("learning_rate", tiny_corpus, tmp_path)

@@ -1,0 +1,165 @@
+"""Predict the losses of planned runs before they are trained, and score them afterwards.
+
+    python -m analysis.predict endpoints.parquet --planned=grid.csv --law=chinchilla \\
+        --n=params_non_embedding --d=tokens --loss=loss --by=precision --cluster=run_id
+    python -m analysis.predict --score=predictions-2026-01-31.json results.parquet
+
+The first writes a dated file, which is never overwritten: commit it before the runs begin. It holds
+the fit and 95 % intervals for new runs. The second says how far off they were.
+"""
+
+import argparse
+import json
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from analysis.command import Parser, status
+from analysis.laws import LAWS, get_law
+from analysis.predictions import Request, fingerprints, fit_table, predict_table, sha256
+from analysis.scores import carried, read_predictions, score
+from analysis.solver import OBJECTIVES
+from analysis.tables import AnalysisError, finished, read_table, select
+
+_INPUTS = tuple(dict.fromkeys(name for law in LAWS.values() for name in law.inputs))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(prog="python -m analysis.predict", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("file", metavar="FILE", help="what is known; with --score, the results")
+    parser.add_argument("--planned", metavar="FILE", help="a table of the runs to predict")
+    parser.add_argument("--law", default="chinchilla", help=f"one of {', '.join(LAWS)}")
+    for name in _INPUTS:
+        parser.add_argument(f"--{name}", metavar="COLUMN", help="of the law: see analysis.fit")
+    parser.add_argument("--baseline", metavar="GROUP", help="the group that others are worth in")
+    parser.add_argument("--loss", metavar="COLUMN", help="loss in nats a token")
+    parser.add_argument("--where", metavar="EXPR", help="rows of FILE to use")
+    parser.add_argument("--by", metavar="COLUMN", help="a fit for each value, as of precision")
+    parser.add_argument(
+        "--cluster", metavar="COLUMN", help="drawn whole; default: run_id, if there"
+    )
+    parser.add_argument("--objective", default="huber", help=f"one of {', '.join(OBJECTIVES)}")
+    parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="0: no intervals")
+    parser.add_argument("--out", metavar="PATH", help="a .json file, or the folder for it")
+    parser.add_argument("--date", help="YYYY-MM-DD, of the file's name; today")
+    parser.add_argument("--score", metavar="JSON", help="compare these predictions with FILE")
+    parser.add_argument("--match", metavar="COLUMN,...", help="with --score: what names a run")
+    parser.add_argument("--plot", metavar="PNG", help="with --score: draw them")
+    parser.add_argument("--json", action="store_true", help="with --score: print JSON")
+    return parser
+
+
+def _request(args: argparse.Namespace) -> Request:
+    columns = {name: getattr(args, name) for name in get_law(args.law).inputs}
+    for name, column in {"planned": args.planned, **columns, "loss": args.loss}.items():
+        if column is None:
+            raise AnalysisError(f"--law={args.law} needs --{name}")
+    return Request(
+        args.law,
+        columns,
+        args.loss,
+        args.objective,
+        args.bootstrap,
+        args.baseline,
+        args.cluster,
+        args.by,
+    )
+
+
+def _path(args: argparse.Namespace) -> Path:
+    """The file to write, which is not yet there."""
+    try:
+        day = date.today() if args.date is None else date.fromisoformat(args.date)
+    except ValueError as error:
+        raise AnalysisError(f"--date={args.date}: expected YYYY-MM-DD") from error
+    out = Path(args.out or ".")
+    path = out if out.suffix == ".json" else out / f"predictions-{day.isoformat()}.json"
+    if path.exists():
+        raise AnalysisError(f"{path} is there already; a prediction is never overwritten")
+    return path
+
+
+def _write(path: Path, document: Mapping[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "x") as file:  # not even one that appeared since
+        file.write(json.dumps(document, indent=2, default=str) + "\n")
+
+
+def _predict(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    request, path = _request(args), _path(args)
+    frame = read_table(args.file)
+    if args.where is not None:
+        frame = select(frame, args.where)
+    fits = fit_table(frame, request)
+    rows = predict_table(fits, read_table(args.planned), request)
+    document = {
+        "command": shlex.join(["python", "-m", "analysis.predict", *argv]),
+        "date": args.date or date.today().isoformat(),
+        "table": args.file,
+        "sha256": sha256(args.file),
+        "columns": dict(request.columns),
+        "loss": request.loss,
+        "by": request.by,
+        "fits": {label: found.to_json() for label, found in fits.items()},
+        "fitted_rows": fingerprints(finished(frame), request.columns, request.loss),
+        "planned": rows,
+    }
+    _write(path, document)
+    print(_readable(document))
+    print(f"wrote {path}")
+
+
+def _readable(document: Mapping[str, Any]) -> str:
+    lines = []
+    for label, found in document["fits"].items():
+        lines.append(f"{label}: {found['equation']}" if label else found["equation"])
+        lines += [f"warning: {warning}" for warning in found["warnings"]]
+    for row in document["planned"]:
+        lines.append(f"  {carried(row)}: {row['predicted']:.5f}{_interval(row)}")
+    return "\n".join(lines)
+
+
+def _interval(row: Mapping[str, Any]) -> str:
+    return "" if row["low"] is None else f" [{row['low']:.5f}, {row['high']:.5f}]"
+
+
+def _score(args: argparse.Namespace) -> None:
+    if args.plot is not None and Path(args.plot).suffix != ".png":
+        raise AnalysisError(f"--plot={args.plot} does not end in .png")
+    if args.out is not None and Path(args.out).exists():
+        raise AnalysisError(f"{args.out} is there already")
+    results = read_table(args.file)
+    if args.where is not None:
+        results = select(results, args.where)
+    document = read_predictions(args.score)
+    match = None if args.match is None else args.match.split(",")
+    found = score(
+        document, results, match=match, same_table=sha256(args.file) == document["sha256"]
+    )
+    print(json.dumps(found.to_json(), indent=2) if args.json else found.readable())
+    if args.out is not None:
+        _write(Path(args.out), found.to_json())
+    if args.plot is not None:
+        from analysis import plots
+
+        plots.save(plots.predicted_and_measured(found.rows), Path(args.plot).with_suffix(""))
+
+
+def _run(argv: Sequence[str]) -> None:
+    args = _parser().parse_args(argv)
+    if args.score is not None:
+        _score(args)
+    else:
+        _predict(args, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; exit status 0, or 2 for what the user can mend."""
+    return status(lambda: _run(sys.argv[1:] if argv is None else argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
