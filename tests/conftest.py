@@ -43,6 +43,15 @@ TINY = {
 }
 
 
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Compiled programs are dropped between files once they fill gigabytes; the disk keeps them."""
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.exists() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGESIZE") > 2 * 2**30:
+        jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def tiny_corpus_path(tmp_path_factory):
     """20k bytes of generated English-like text, prepared."""

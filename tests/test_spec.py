@@ -21,6 +21,7 @@ SAME = [
     {"tracking.wandb": "online"},
     {"tracking.project": "other"},
     {"launch.group": 8},
+    {"launch.parallel": 3},
     {"launch.dispatch": 4},
     {"launch.resident_bytes": 0},
     {"name": "other"},

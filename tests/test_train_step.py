@@ -12,6 +12,7 @@ from bitnet_jax import regularizers
 from bitnet_jax import train_step as module
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.model import apply_model, linear_layers
+from bitnet_jax.packing import unpack
 from bitnet_jax.train_step import (
     LOSS_SCALE_GROWTH_INTERVAL,
     compiled_eval_step,
@@ -377,7 +378,8 @@ def test_a_step_leaves_the_snapshots_alone(step_config, tokens):
             w = np.asarray(layer["kernel"])
             scale = abs(w).mean(axis=(1, 2), keepdims=True)
             trits = np.where(abs(w) > scale / 2, np.sign(w), 0)
-            np.testing.assert_array_equal(codes[name].reshape(w.shape), trits)
+            stored = unpack(codes[name], w.shape[-1], config.precision.weight_quantizer)
+            np.testing.assert_array_equal(stored.reshape(w.shape), trits)
     marked = type(state.snapshots)(
         *(jax.tree.map(lambda c, k=k: jnp.full_like(c, k), codes)
           for k, codes in enumerate(state.snapshots))
