@@ -168,11 +168,16 @@ def _criterion(args: argparse.Namespace, law: Law) -> Criterion:
     return Criterion(args.criterion, tuple(chosen))
 
 
-def _document(args: argparse.Namespace, design: Design, others: Mapping[str, Design]) -> dict:
+def _document(
+    args: argparse.Namespace, design: Design, others: Mapping[str, Design | None]
+) -> dict:
     """What --json prints."""
     law = design.setting.law
-    compared = {}
+    compared: dict[str, dict[str, Any]] = {}
     for name, other in others.items():
+        if other is None:
+            compared[name] = {"refused": "none of this cost lies among these sizes and ratios"}
+            continue
         compared[name] = other.to_json()
         if other.refused is None:
             compared[name]["efficiency"] = design.efficiency(other)
@@ -223,9 +228,10 @@ def _run(args: argparse.Namespace) -> None:
     criterion = _criterion(args, setting.law)
     ratios = _ratios(args)
     design = choose(setting, sizes, args.budget, criterion, ratios=ratios, seeds=args.seeds)
-    others = {f"{SAME_RATIO:g} tokens a parameter": same_ratio(design, sizes)}
-    if (profile := isoflop(design, sizes, ratios=ratios, seeds=args.seeds)) is not None:
-        others["the best isoFLOP grid"] = profile
+    others = {
+        f"{SAME_RATIO:g} tokens a parameter": same_ratio(design, sizes),
+        "the best isoFLOP grid": isoflop(design, sizes, ratios=ratios, seeds=args.seeds),
+    }
     document = _document(args, design, others)
     print(json.dumps(document, indent=2) if args.json else _readable(document))
     if args.out is not None:

@@ -379,7 +379,11 @@ def _draw_expected_loss(axes: Axes, design: Design) -> None:
     setting = design.setting
     loss = setting.law(setting.params, {"n": n, "d": d, "group": np.zeros(n.shape)})
     lines = axes.contour(d, n, loss, levels=8, colors="#aaaaaa", linewidths=0.9, zorder=1)
-    axes.clabel(lines, fmt=lambda level: f"{level:.3g} nats", fontsize=8, colors="#666666")
+    labels = axes.clabel(
+        lines, fmt=lambda level: f"{level:.3g} nats", fontsize=8, colors="#444444", zorder=4
+    )
+    for label in labels:  # legible where they meet a point
+        label.set_path_effects([withStroke(linewidth=2.5, foreground="white")])
 
 
 def predicted_and_measured(scored: pd.DataFrame) -> Figure:

@@ -182,6 +182,11 @@ def test_the_budget_is_kept_and_nearly_spent(design):
     assert counts.max() <= 5
 
 
+def test_a_small_budget_is_spent_where_a_flop_tells_most(design):
+    """By gains alone it is gone before three sizes are trained."""
+    assert choose(design.setting, SIZES, 3e12, Criterion("A", (5,))).errors["rho[ternary]"] < 0.03
+
+
 def profile_ratios(grid):
     return {round(d / n, 6) for n, d in points(grid)}
 
@@ -275,6 +280,8 @@ def test_command_takes_a_fit_and_a_ladder(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "seed 1" in shown and "seed 2" not in shown and "160k" not in shown
     assert "20 tokens a parameter: d rises with n" in shown
+    assert main([*common, "--sizes=27k,56k,95k", "--budget=1e15"]) == 0
+    assert "isoFLOP grid: none of this cost lies among these" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 
@@ -91,6 +92,19 @@ def test_intervals_of_runs_are_wider_than_of_the_law():
     of_law = np.log(far / near)[0]
     assert max(of_runs, of_law) < np.log(high / low)[0] < of_runs + of_law
     assert predict(fitted(bootstrap=0), inputs)[1] is None
+
+
+def test_a_long_run_counts_no_more_than_a_short_one():
+    """The calmest points as one run: the others, a run each, are drawn far more often."""
+    found = fitted()
+    residuals = np.abs(found.log_residuals)
+    calm = residuals < np.percentile(residuals, 80)
+    relabelled = replace(found, clusters=np.where(calm, -1, np.arange(calm.size)))
+    alone = replace(found, clusters=np.arange(calm.size))
+    inputs = {"n": np.array([1e5]), "d": np.array([3e6])}
+    _, (low, high) = predict(relabelled, inputs)
+    _, (near, far) = predict(alone, inputs)
+    assert np.log(high / low)[0] > 1.2 * np.log(far / near)[0]
 
 
 # ---- The dated file ------------------------------------------------------------------------------
@@ -293,7 +307,7 @@ def test_columns_that_name_a_run():
     assert found.matched_by == ("precision", "tokens", "params") and len(found.rows) == 1
     others = [{"n": 1e6, "d": 2e6, "predicted": 2.0, "low": 1.9, "high": 2.1}]
     document = DOCUMENT | {"planned": others, "columns": {"n": "n", "d": "d"}}
-    found = score(document, pd.DataFrame({"n": [1e6, 2e6], "d": [2e6, 2e6], "loss": [2.0, 2.0]}))
+    found = score(document, pd.DataFrame({"n": [1e6 + 1e-7, 2e6], "d": 2e6, "loss": 2.0}))
     assert found.matched_by == ("n", "d") and len(found.rows) == 1
 
 
