@@ -9,7 +9,7 @@ from bitnet_jax import ladder
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
 from experiments.plan import load_config, load_points, make_plan
-from sweeps import isoflop
+from sweeps import isoflop, study
 from sweeps.grid import axis, chain, parse_arg, product, zipit
 
 FOLDER = Path(isoflop.__file__).parent
@@ -84,7 +84,7 @@ def test_every_sweep_is_a_plan(planned, tmp_path):
     ids = [run.spec.run_id for run in plan.runs]
     assert len(set(ids)) == len(ids) >= 8
     arms = {run.spec.step.precision.name for run in plan.runs}
-    assert config.name in OF_VARIANTS or arms == {"ternary", "fp16"}
+    assert config.name in OF_VARIANTS or arms >= {"ternary", "fp16"}
     assert plan.name == config.name and plan.directory == tmp_path / config.name
     assert not list(tmp_path.iterdir())
 
@@ -352,3 +352,44 @@ def test_isoflop_branches_save_two_fifths(tiny_corpus, tmp_path, size):
     assert all(len(spec.ends) == 4 for spec in specs)
     assert ratio <= 0.6
     assert ratio == pytest.approx((0.8 * 2 + 0.2 * 4.55) / 4.55, abs=0.002)
+
+
+@pytest.mark.parametrize("part", study.PARTS)
+def test_study_pairs_its_arms(part):
+    """Each float16 run has a ternary twin: the same size, seed and tokens."""
+    points = study.sweep(study.get_config(f"part={part}"))
+    kinds = [
+        (p["precision"], p["model.size"], p.get("seed", 0), p["train.tokens"])
+        for p in points
+        if p["precision"] in study.PAIR and not any(k.startswith("quantization") for k in p)
+    ]
+    twins = {arm: sorted(k[1:] for k in kinds if k[0] == arm) for arm in study.PAIR}
+    assert twins["ternary"] == twins["fp16"]
+    assert part == "arms" or kinds
+
+
+def test_study_grid_has_five_sizes_of_five_ratios_and_three_seeds_at_the_small_end():
+    points = study.sweep(study.get_config("part=grid"))
+    ratios = {
+        tuple(round(t / ladder_parameters(p["model.size"]), 2) for t in p["train.tokens"])
+        for p in points
+    }
+    assert ratios == {(10, 20, 40, 80, 160)}
+    seeds = {}
+    for p in points:
+        if p["precision"] == "ternary":
+            seeds.setdefault(p["model.size"], []).append(p["seed"])
+    assert len(seeds) == 5 and seeds["27k"] == [0, 1, 2] == seeds["95k"]
+
+
+def ladder_parameters(size):
+    """Non-embedding, counted by hand: four projections, a gated MLP, and the norms."""
+    layers, width, ff, _, _ = ladder.LADDER[size]
+    norms = 3 * width + ff  # attention, before out, MLP; before down
+    return layers * (4 * width * width + 3 * width * ff + norms) + width
+
+
+@pytest.mark.parametrize("arg", ["part=nothing", "budget=tpu", "sizes=27k"])
+def test_study_refuses_what_it_does_not_have(arg):
+    with pytest.raises(ConfigError):
+        study.get_config(arg)

@@ -1,0 +1,179 @@
+"""The study: what is a ternary parameter worth? Paired arms, each at its own tuned rates.
+
+    python -m experiments.run --sweep --config=sweeps/study.py:part=learning_rate \\
+        --workdir=results/study-cpu --config.data.source=corpora/english
+
+In order:
+  learning_rate  six peak rates for each arm at three small sizes, at two or three budgets
+  weight_decay   five decays for each arm at two sizes, at the rates found
+  grid           five sizes x five ratios of tokens to parameters, both arms, up to three seeds;
+                 bfloat16 at two sizes
+  arms           at two sizes: ternary weights with 16-bit activations, binary, int4
+  held_out       the next two sizes, whose losses are predicted before they are trained
+
+All ratios of a size, arm and seed are branches of one trunk. Two budgets of compute: `cpu` (the
+default, bytes, some hours of two cores) and `gpu` (`:part=grid,budget=gpu`, an 8k vocabulary).
+"""
+
+import dataclasses
+
+from ml_collections import ConfigDict
+
+from bitnet_jax import cost, ladder
+from bitnet_jax.configs import default
+from bitnet_jax.errors import choose
+from bitnet_jax.model import TransformerConfig
+from bitnet_jax.optim import tuned_peak_lr
+from bitnet_jax.precision import get_precision
+from sweeps.grid import Point, axis, chain, parse_arg, product
+
+PAIR = ("ternary", "fp16")
+RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the rate expected for size and arm
+DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
+EXTRA_ARMS: tuple[Point, ...] = (
+    {"precision": "ternary", "quantization.activations": "none"},
+    {"precision": "binary"},
+    {"precision": "ternary", "quantization.weights": "int4_absmax"},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Budget:
+    """What one machine can afford. Ratios are tokens a non-embedding parameter.
+
+    tuned: sizes of the learning-rate part with their ratios. decayed: of the weight-decay part.
+    sizes: of the grid, with the seeds of each. sixteen_bit: sizes that bfloat16 joins.
+    extra: sizes of the further arms. held_out: predicted first, with their ratios.
+    """
+
+    sequence_length: int
+    batch_tokens: int
+    eval_tokens: int
+    tuned: dict[str, tuple[float, ...]]
+    decayed: dict[str, tuple[float, ...]]
+    sizes: dict[str, int]
+    ratios: tuple[float, ...]
+    sixteen_bit: tuple[str, ...]
+    extra: tuple[str, ...]
+    held_out: dict[str, tuple[float, ...]]
+
+
+BUDGETS = {
+    "cpu": Budget(
+        sequence_length=128,
+        batch_tokens=1024,
+        eval_tokens=524_288,
+        tuned={"27k": (10, 40, 160), "56k": (10, 40), "95k": (10, 40)},
+        decayed={"27k": (10, 40, 160), "95k": (10, 40)},
+        sizes={"27k": 3, "56k": 3, "95k": 3, "160k": 2, "330k": 1},
+        ratios=(10, 20, 40, 80, 160),
+        sixteen_bit=("27k", "95k"),
+        extra=("27k", "95k"),
+        held_out={"800k": (10, 20, 40), "1.5m": (10, 20)},
+    ),
+}
+PARTS = ("learning_rate", "weight_decay", "grid", "arms", "held_out")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The base of every run of a part, and the axes."""
+    values = parse_arg(arg, part="grid", budget="cpu")
+    choose("part", values["part"], PARTS)
+    choose("budget", values["budget"], BUDGETS)
+    budget = BUDGETS[values["budget"]]
+    c = default.get_config()
+    c.name = values["part"]
+    c.data.source = "corpora/english"
+    c.data.sequence_length = budget.sequence_length
+    c.train.batch_tokens = budget.batch_tokens
+    c.eval.tokens = budget.eval_tokens
+    c.schedule.warmup_fraction = 0.25  # of the smallest budget, a fortieth of the largest
+    c.log.every = 200
+    c.log.layers = False
+    c.checkpoint.keep_model = values["part"] == "grid"  # float16's are quantized afterwards
+    c.sweep.part = values["part"]
+    c.sweep.budget = values["budget"]
+    return c
+
+
+def sweep(config: ConfigDict) -> list[Point]:
+    """The runs of the part, the cheapest first."""
+    budget = BUDGETS[config.sweep.budget]
+    return {
+        "learning_rate": _learning_rate,
+        "weight_decay": _weight_decay,
+        "grid": _grid,
+        "arms": _arms,
+        "held_out": _held_out,
+    }[config.sweep.part](budget)
+
+
+def _learning_rate(budget: Budget) -> list[Point]:
+    """Rates around those that the default recipe would take."""
+    return [
+        {**_trunk(size, ratios), **arm, "optim.peak_lr": factor * _default_rate(size, arm)}
+        for size, ratios in budget.tuned.items()
+        for arm in axis("precision", PAIR)
+        for factor in RATES
+    ]
+
+
+def _weight_decay(budget: Budget) -> list[Point]:
+    return product(
+        [
+            _run(size, ratios, arm)
+            for size, ratios in budget.decayed.items()
+            for arm in axis("precision", PAIR)
+        ],
+        axis("optim.weight_decay", DECAYS),
+    )
+
+
+def _grid(budget: Budget) -> list[Point]:
+    """First every size once, then what sharpens the small end."""
+    first = [_run(s, budget.ratios, arm) for s in budget.sizes for arm in axis("precision", PAIR)]
+    bf16 = [_run(size, budget.ratios, {"precision": "bf16"}) for size in budget.sixteen_bit]
+    again = [
+        {**_run(size, budget.ratios, arm), "seed": seed}
+        for size, seeds in budget.sizes.items()
+        for seed in range(1, seeds)
+        for arm in axis("precision", PAIR)
+    ]
+    return chain([{**run, "seed": 0} for run in chain(first, bf16)], again)
+
+
+def _arms(budget: Budget) -> list[Point]:
+    return [_run(size, budget.ratios, arm) for size in budget.extra for arm in EXTRA_ARMS]
+
+
+def _held_out(budget: Budget) -> list[Point]:
+    return [
+        _run(size, ratios, arm)
+        for size, ratios in budget.held_out.items()
+        for arm in axis("precision", PAIR)
+    ]
+
+
+def _run(size: str, ratios: tuple[float, ...], arm: Point) -> Point:
+    """A trunk at the rate and decay that the first two parts found for its arm."""
+    return {**_trunk(size, ratios), **arm, "optim.peak_lr": peak_lr(size, arm)}
+
+
+def _trunk(size: str, ratios: tuple[float, ...]) -> Point:
+    tokens = tuple(round(ratio * _parameters(size)) for ratio in ratios)
+    return {"model.size": size, "train.tokens": tokens}
+
+
+def _parameters(size: str) -> int:
+    """Non-embedding; they do not depend on the vocabulary."""
+    model = TransformerConfig(vocab_size=256, **ladder.get_shape(size)._asdict())
+    return cost.count_parameters(model).non_embedding
+
+
+def _default_rate(size: str, arm: Point) -> float:
+    return tuned_peak_lr(get_precision(arm["precision"]), _parameters(size))
+
+
+def peak_lr(size: str, arm: Point) -> float:
+    """Of an arm at a size."""
+    return _default_rate(size, arm)
