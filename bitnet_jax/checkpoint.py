@@ -1,5 +1,7 @@
 """Checkpoints of a run through orbax: asynchronous, atomic, the last two kept."""
 
+import errno
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +9,8 @@ import jax
 import orbax.checkpoint as ocp
 
 from bitnet_jax.train_step import TrainState
+
+ROOM_BESIDE = 2**20  # bytes that a checkpoint takes beside its arrays
 
 
 class Checkpointer:
@@ -18,12 +22,42 @@ class Checkpointer:
 
     def __init__(self, directory: Path):
         options = ocp.CheckpointManagerOptions(max_to_keep=2, create=True)
+        self._directory = directory
         self._manager = ocp.CheckpointManager(directory.absolute(), options=options)
+        self._troubled = False  # by the last save
 
     def save(self, tick: int, state: TrainState, stash: TrainState | None, progress: Any) -> None:
-        """Copy the state off the device and write it in the background."""
+        """Copy the state off the device and write it in the background.
+
+        What the writing of an earlier checkpoint raised is raised here; after that, this waits for
+        the writing, so that no run goes on for long without a checkpoint.
+
+        Raises:
+          OSError: ENOSPC where the disk has no room for it.
+        """
         if self._manager.latest_step() == tick:
             return
+        self._check_room((state, stash))
+        try:
+            self._manager.check_for_errors()
+            if self._troubled:
+                for torn in self._directory.glob("*.orbax-checkpoint-tmp"):
+                    shutil.rmtree(torn)
+            self._save(tick, state, stash, progress)
+            if self._troubled:
+                self._manager.wait_until_finished()
+        except Exception:
+            self._troubled = True
+            raise
+        self._troubled = False
+
+    def _check_room(self, state: Any) -> None:
+        """A disk that fills up while orbax writes leaves it with pieces."""
+        needed = sum(x.nbytes for x in jax.tree.leaves(state)) + ROOM_BESIDE
+        if shutil.disk_usage(self._directory).free < needed:
+            raise OSError(errno.ENOSPC, "No space left for a checkpoint", str(self._directory))
+
+    def _save(self, tick: int, state: TrainState, stash: TrainState | None, progress: Any) -> None:
         items = {"state": ocp.args.StandardSave(state), "progress": ocp.args.JsonSave(progress)}
         if stash is not None:
             items["stash"] = ocp.args.StandardSave(stash)

@@ -1,6 +1,7 @@
 """One run of a group: what it has done so far, and the files it writes."""
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -9,14 +10,16 @@ import numpy as np
 from bitnet_jax import telemetry, tracking
 from bitnet_jax.checkpoint import Checkpointer
 from bitnet_jax.data import Corpus, train_batches
+from bitnet_jax.disk import Patience, is_full
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.spec import RunSpec
 from bitnet_jax.train_step import TrainState
 from bitnet_jax.trajectory import Segment
 
-# So many non-finite steps in a row end a segment: more than the halvings of a float16 loss scale
-# from 2^15 to 1, so an arm is not called diverged for finding its scale.
+# So many non-finite steps in a row are a divergence: more than the halvings of a float16 loss scale
+# from 2^15 to 1, so an arm is not called diverged for finding its scale. The run goes back to its
+# last anchor (`trajectory.py`) and tries other data, `rollbacks` times at most.
 SKIPS_TO_DIVERGE = 25
 
 # An endpoint's train_loss is the mean over so many last steps of its decay, however it was logged.
@@ -73,8 +76,14 @@ class Progress:
 
     window: losses since the last log line. tail: the last TRAIN_LOSS_STEPS of this segment.
     skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
+    finite_losses: whether the losses of these were finite; collapsed: of `worst_skips`, too, where
+      the loss is scaled.
     metrics_bytes: how much of metrics.jsonl this progress has written.
     idle: whether the run waits for this segment's end, since it has diverged in it.
+    microbatches: of a step, more than were asked for where memory ran out; 0 before the first step.
+    rollbacks: made so far, of the trunk and all decays. shift, trunk_shift: how often the data has
+      been moved on, in this segment and in the trunk that it belongs to.
+    anchor: this progress at the last anchor.
     """
 
     tick: int = 0
@@ -87,17 +96,25 @@ class Progress:
     skips: int = 0
     worst_skips: int = 0
     skipped: int = 0
+    finite_losses: bool = True
+    collapsed: bool = False
     endpoints: list[dict] = dataclasses.field(default_factory=list)
     metrics_bytes: int = 0
     wall_s: float = 0.0
     has_stash: bool = False
     idle: bool = False
+    microbatches: int = 0
+    rollbacks: int = 0
+    shift: int = 0
+    trunk_shift: int = 0
+    anchor: dict[str, Any] | None = None
 
 
 class Member:
     """A run of a group while it trains. Its state is a part of the group's, which it never sees."""
 
-    def __init__(self, job: Job, corpus: Corpus, options: LoopOptions):
+    def __init__(self, job: Job, corpus: Corpus, options: LoopOptions, patiently: Patience):
+        self._patiently = patiently
         self.spec, self.run_dir, self.options = job.spec, job.run_dir, options
         self._config = job.config
         self._bytes_per_token = corpus.valid_bytes_per_token
@@ -105,13 +122,16 @@ class Member:
             corpus.train, self.spec.data.sequence_length, self.spec.batch_size, self.spec.seed_data
         )
         self.progress = Progress()
-        job.run_dir.mkdir(parents=True, exist_ok=True)
         self._origin = tracking.provenance()
+        self.checkpointer = patiently(self._prepare)
+
+    def _prepare(self) -> Checkpointer:
+        self.run_dir.mkdir(parents=True, exist_ok=True)
         tracking.write_json(
-            job.run_dir / "config.json",
-            {**self._header, "identity": self.spec.identity(), "config": job.config},
+            self.run_dir / "config.json",
+            {**self._header, "identity": self.spec.identity(), "config": self._config},
         )
-        self.checkpointer = Checkpointer(job.run_dir / "checkpoints")
+        return Checkpointer(self.run_dir / "checkpoints")
 
     @property
     def _header(self) -> dict[str, Any]:
@@ -136,17 +156,73 @@ class Member:
         return len(self.progress.endpoints) == len(self.spec.ends)
 
     def begin(self) -> None:
-        """A segment begins."""
+        """A segment begins, or begins again."""
         progress = self.progress
-        progress.tail, progress.worst_skips, progress.idle = [], 0, self.finished
+        progress.tail, progress.worst_skips, progress.collapsed = [], 0, False
+        progress.idle = self.finished
+
+    def jump_to(self, tick: int) -> None:
+        """Leave a segment. Whatever a decay has come to, the trunk knows nothing of it."""
+        progress = self.progress
+        progress.tick, progress.skips = tick, 0
+        progress.shift = progress.trunk_shift
+
+    def anchor(self) -> None:
+        """Remember this moment, to go back to."""
+        self.progress.metrics_bytes = self._log.bytes
+        self.progress.anchor, self.progress.has_stash = None, False
+        self.progress.anchor = dataclasses.asdict(self.progress)
+
+    def starts(self, step: int, count: int) -> np.ndarray:
+        """Where the rows of `count` steps begin in the tokens [count, B].
+
+        Each rollback moves the data on by the length of the whole run: to rows that the run has
+        not seen, while the corpus has such.
+        """
+        return self.batches.starts(step + self.progress.shift * self.spec.ends[-1], count)
+
+    def may_roll_back(self) -> bool:
+        """Whether a divergence now is not yet the end."""
+        return self.progress.rollbacks < self.spec.rollbacks
+
+    def roll_back(self, blamed: bool, segment: Segment, done: int) -> None:
+        """Go back to the anchor; one that is blamed goes on from there with other data.
+
+        done: optimizer steps at the anchor. A run of the group that is not blamed makes the same
+        steps and lines again.
+        """
+        now, anchor = self.progress, self.progress.anchor
+        assert anchor is not None
+        kept = {
+            "wall_s": now.wall_s,
+            "microbatches": now.microbatches,
+            "rollbacks": now.rollbacks + blamed,
+            "anchor": anchor,
+        }
+        self.progress = Progress(**{**anchor, **kept})
+        self._log.cut(self.progress.metrics_bytes)
+        if not blamed:
+            return
+        self.progress.shift += 1
+        if not segment.is_decay:
+            self.progress.trunk_shift = self.progress.shift
+        cause = "collapsed" if now.collapsed else "diverged"
+        self.write_text("rollback", segment, done, cause=cause, rollbacks=self.progress.rollbacks)
+        self.anchor()  # so that a later rollback knows of this one
 
     def receive(self, metrics: dict[str, np.ndarray]) -> None:
         """Take in the metrics [K] of further steps."""
         progress = self.progress
         for loss, skips in zip(metrics["loss"], metrics["skips"], strict=True):
             progress.skips = int(skips)
-            progress.worst_skips = max(progress.worst_skips, progress.skips)
             progress.skipped += int(progress.skips > 0)
+            progress.finite_losses = bool(np.isfinite(loss)) and (
+                progress.finite_losses or progress.skips == 0
+            )
+            if progress.skips > progress.worst_skips:
+                progress.worst_skips = progress.skips
+                scaled = self.spec.step.precision.loss_scaling
+                progress.collapsed = scaled and progress.finite_losses
             if progress.skips == 0:
                 progress.window.append(float(loss))
                 progress.tail = [*progress.tail, float(loss)][-TRAIN_LOSS_STEPS:]
@@ -201,14 +277,21 @@ class Member:
                     for name, layer in stats.items()
                 }
                 place = self._place(segment, done)
-                self._log.write({"kind": "layers", **place, "layers": layers})
+                self._write({"kind": "layers", **place, "layers": layers})
         self.write("train", segment, done, **values)
 
     def write(self, kind: str, segment: Segment, done: int, **values: float | None) -> None:
         """A line of metrics.jsonl, and the same for Weights & Biases."""
-        self._log.write({"kind": kind, **self._place(segment, done), **values})
+        self._write({"kind": kind, **self._place(segment, done), **values})
         numbers = {f"{kind}/{key}": value for key, value in values.items() if value is not None}
         self._wandb.log(numbers, self.progress.tick)
+
+    def write_text(self, kind: str, segment: Segment, done: int, **values: Any) -> None:
+        """A line of metrics.jsonl that is no measurement."""
+        self._write({"kind": kind, **self._place(segment, done), **values})
+
+    def _write(self, record: dict[str, Any]) -> None:
+        self._patiently(lambda: self._log.write(record))
 
     def _place(self, segment: Segment, done: int) -> dict[str, int | None]:
         batch_tokens = self.spec.batch_tokens
@@ -218,8 +301,10 @@ class Member:
     def record(
         self, segment: Segment, loss: float | None = None, error: float | None = None
     ) -> None:
-        """An endpoint; one without a loss has diverged."""
+        """An endpoint; one without a loss has diverged, or its float16 loss scale has collapsed:
+        gradients overflowed at any scale, though the losses were finite."""
         tail = self.progress.tail
+        lost = "collapsed" if self.progress.collapsed else "diverged"
         self.progress.endpoints.append(
             {
                 "end": segment.end,
@@ -230,7 +315,7 @@ class Member:
                 else bits_per_byte(loss, self._bytes_per_token),
                 "train_loss": sum(tail) / len(tail) if tail and loss is not None else None,
                 "unique_tokens": self.batches.unique_tokens(segment.end),
-                "status": "diverged" if loss is None else "ok",
+                "status": lost if loss is None else "ok",
                 "wall_s": self.progress.wall_s,
             }
         )
@@ -242,20 +327,23 @@ class Member:
         return state, stash
 
     def save(self, state: TrainState, stash: TrainState | None) -> None:
-        """A checkpoint of this moment."""
+        """A checkpoint of this moment, written in the background if there is room."""
         self.progress.metrics_bytes = self._log.bytes
         self.progress.has_stash = stash is not None
-        progress = dataclasses.asdict(self.progress)
-        self.checkpointer.save(self.progress.tick, state, stash, progress)
+        moment = self.progress.tick, state, stash, dataclasses.asdict(self.progress)
+        self._patiently(lambda: self.checkpointer.save(*moment))
 
     def summarize(self) -> dict[str, Any]:
-        """Write and return the summary: status `ok` or `diverged`, and a row an endpoint."""
+        """Write and return the summary: status `ok`, `diverged` or `collapsed`, and a row an
+        endpoint."""
         rows = [endpoint_row(self.spec, e, self._origin) for e in self.progress.endpoints]
         failed = [row["status"] for row in rows if row["status"] != "ok"]
         summary = {
             **self._header,
             "status": failed[0] if failed else "ok",
             "skipped_steps": self.progress.skipped,
+            "rollbacks": self.progress.rollbacks,
+            "microbatches": self.progress.microbatches,
             "wall_s": self.progress.wall_s,
             "total_flops": float(self.spec.total_flops),
             "endpoints": rows,
@@ -265,7 +353,13 @@ class Member:
 
     def close(self) -> None:
         """Wait for what is being written. Called whatever happened, also before `open`."""
-        self.checkpointer.close()
+        try:
+            self.checkpointer.close()
+        except Exception as error:
+            if not is_full(error):
+                raise
+            last = "the disk is full: the last checkpoint was not written, the one before it stays"
+            print(f"warning: {self.spec.run_id}: {last}", file=sys.stderr, flush=True)
         for log in (getattr(self, "_log", None), getattr(self, "_wandb", None)):
             if log is not None:
                 log.close()

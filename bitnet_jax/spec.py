@@ -28,6 +28,7 @@ class DataSpec:
 class RunSpec:
     """One training trajectory. `ends` are the optimizer steps at which an endpoint is measured.
 
+    rollbacks: how often a run that diverges may go back and try other data (`member.py`).
     tags: words that a sweep wants beside the results; they are no part of the identity.
     """
 
@@ -42,6 +43,7 @@ class RunSpec:
     peak_lr: float
     weight_decay: float
     phases: Phases = Phases()
+    rollbacks: int = 2
     tags: tuple[tuple[str, str], ...] = ()
 
     @property

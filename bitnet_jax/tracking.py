@@ -6,18 +6,23 @@ the summary and to Weights & Biases.
 """
 
 import contextlib
+import functools
 import json
 import os
 import platform
+import queue
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 
 SCHEMA_VERSION = 1
+WANDB_LINES = 10_000  # that may wait to be sent
+WANDB_SECONDS = 30.0  # that a run waits, at its end, for them
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -41,15 +46,27 @@ class MetricsLog:
     def __init__(self, path: Path, keep: int = 0):
         path.touch()
         os.truncate(path, min(keep, path.stat().st_size))  # never padded with NULs
-        self._file = open(path, "a")
+        self._file = open(path, "ab", buffering=0)
 
     def write(self, record: dict[str, Any]) -> None:
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
+        """A line, whole or not at all; OSError where there is no room for it."""
+        line, start = (json.dumps(record, allow_nan=False) + "\n").encode(), self.bytes
+        rest = memoryview(line)
+        try:
+            while rest:
+                rest = rest[self._file.write(rest) :]
+        except OSError:
+            self.cut(start)
+            raise
 
     @property
     def bytes(self) -> int:
         return self._file.tell()
+
+    def cut(self, keep: int) -> None:
+        """Forget what was written after byte `keep`."""
+        self._file.truncate(keep)
+        self._file.seek(keep)
 
     def close(self) -> None:
         self._file.close()
@@ -59,49 +76,63 @@ class Wandb:
     """One Weights & Biases run, or nothing where the mode is `disabled`.
 
     mode: the config's `tracking.wandb`; where that is unset, $WANDB_MODE; else `offline`.
-    It is a copy of what the local files hold: if it fails, the run warns and goes on without it.
+    It is a copy of what the local files hold: a thread of its own feeds it, so that no step waits
+    for it; if it fails or does not answer, the run warns and goes on without it.
     """
+
+    _unreachable = threading.Event()  # once it has not answered, later runs do not try it
 
     def __init__(self, mode: str | None, project: str, run_id: str, directory: Path, config: dict):
         mode = mode or os.environ.get("WANDB_MODE") or "offline"
-        self._run = None
-        if mode != "disabled":
-            with self._surviving():
-                self._run = self._start(mode, project, run_id, directory, config)
+        self._waiting: queue.Queue = queue.Queue(WANDB_LINES)
+        self._thread: threading.Thread | None = None
+        if mode != "disabled" and not self._unreachable.is_set():
+            start = functools.partial(_start_wandb, mode, project, run_id, directory, config)
+            self._thread = threading.Thread(target=self._feed, args=(start,), daemon=True)
+            self._thread.start()
 
-    def _start(self, mode: str, project: str, run_id: str, directory: Path, config: dict) -> Any:
-        import wandb  # imported here: it is slow, and many runs do not want it
-
-        return wandb.init(
-            project=project,
-            id=run_id,
-            name=run_id,
-            dir=directory,
-            config=config,
-            mode=mode,  # type: ignore[arg-type]
-            resume="allow" if mode == "online" else None,
-            reinit="create_new",  # other runs may be open, of this group or beside it
-            settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
-        )
-
-    @contextlib.contextmanager
-    def _surviving(self) -> Iterator[None]:
+    def _feed(self, start: Callable[[], Any]) -> None:
         try:
-            yield
+            run = start()
+            while (item := self._waiting.get()) is not None:
+                run.log(item[0], step=item[1])
+            run.finish()
         except Exception as error:  # whatever it is, the training matters more
-            self._run = None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             print(f"warning: Weights & Biases is off for this run: {reason}", file=sys.stderr)
 
     def log(self, metrics: dict[str, float], tick: int) -> None:
-        if self._run:
-            with self._surviving():
-                self._run.log(metrics, step=tick)
+        if self._thread and self._thread.is_alive():
+            with contextlib.suppress(queue.Full):  # it is far behind: the local files have it
+                self._waiting.put_nowait((metrics, tick))
 
     def close(self) -> None:
-        if self._run:
-            with self._surviving():
-                self._run.finish()
+        """Hand over what is left, and wait for it, but not for long."""
+        if not self._thread:
+            return
+        with contextlib.suppress(queue.Full):
+            self._waiting.put(None, timeout=WANDB_SECONDS)
+        self._thread.join(WANDB_SECONDS)
+        if self._thread.is_alive():
+            self._unreachable.set()
+            print("warning: Weights & Biases does not answer; it is left alone", file=sys.stderr)
+        self._thread = None
+
+
+def _start_wandb(mode: str, project: str, run_id: str, directory: Path, config: dict) -> Any:
+    import wandb  # imported here: it is slow, and many runs do not want it
+
+    return wandb.init(
+        project=project,
+        id=run_id,
+        name=run_id,
+        dir=directory,
+        config=config,
+        mode=mode,  # type: ignore[arg-type]
+        resume="allow" if mode == "online" else None,
+        reinit="create_new",  # other runs may be open, of this group or beside it
+        settings=wandb.Settings(silent=True, console="off", x_disable_stats=True),
+    )
 
 
 def provenance() -> dict[str, str]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ import numpy as np
 from bitnet_jax import programs
 from bitnet_jax.checkpoint import save_model
 from bitnet_jax.data import Corpus, RowReader, validation_rows
+from bitnet_jax.disk import GaveUp, Patience
 from bitnet_jax.evaluate import held_out_losses
 from bitnet_jax.gradient_check import estimator_cosine
 from bitnet_jax.member import Job, LoopOptions, Member, number
@@ -70,19 +72,61 @@ def train_group(
 ) -> list[dict[str, Any]]:
     """Train runs to their last endpoint, from the newest checkpoint that all of them have.
 
+    Where memory runs out, the batch is cut into more microbatches, and a group into its runs.
+
     jobs: of one `RunSpec.group`. watch: called at every log step.
     should_stop: asked before every call of the compiled program.
-    Returns their summaries, as in summary.json: status `ok` or `diverged`, and a row an endpoint.
+    Returns their summaries, as in summary.json.
 
     Raises:
       Interrupted: should_stop said so; calling again goes on from there.
     """
-    loop = _Loop(jobs, corpus, options)
+    microbatches = jobs[0].spec.step.microbatches
+    while True:
+        try:
+            return _train_group(jobs, corpus, options, watch, should_stop, microbatches)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            more = _more_microbatches(jobs[0].spec, microbatches)
+            if more is None and len(jobs) == 1:
+                raise
+        if more is None:
+            _tell(f"out of memory: training the {len(jobs)} runs of a group one by one")
+            return [train_group([j], corpus, options, watch, should_stop)[0] for j in jobs]
+        microbatches = more
+        names = ", ".join(job.spec.run_id for job in jobs)
+        _tell(f"out of memory: {names}: going on with {more} microbatches a step; the batch is as "
+              "it was, its sums are rounded otherwise")  # fmt: skip
+
+
+def _more_microbatches(spec: RunSpec, microbatches: int) -> int | None:
+    """The next number that cuts the batch into smaller equal parts, doubled if that can be."""
+    larger = [n for n in range(microbatches + 1, spec.batch_size + 1) if spec.batch_size % n == 0]
+    halved = 2 * microbatches
+    return halved if halved in larger else next(iter(larger), None)
+
+
+def _train_group(
+    jobs: Sequence[Job],
+    corpus: Corpus,
+    options: LoopOptions,
+    watch: Callable[[Report], None],
+    should_stop: Callable[[int], bool],
+    microbatches: int,
+) -> list[dict[str, Any]]:
+    loop = _Loop(jobs, corpus, options, should_stop, microbatches)
     try:
-        loop.run(watch, should_stop)
+        loop.run(watch)
+        return [loop.patiently(member.summarize) for member in loop.members]
+    except GaveUp as error:
+        raise Interrupted(jobs[0].spec.run_id) from error
     finally:
         loop.close()
-    return [member.summarize() for member in loop.members]
+
+
+def _tell(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> None:
@@ -115,23 +159,40 @@ def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> R
 
 
 class _Loop:
-    """A group while it trains. `state` is what the next step starts from, a runs axis leading."""
+    """A group while it trains. `state` is what the next step starts from, a runs axis leading.
 
-    def __init__(self, jobs: Sequence[Job], corpus: Corpus, options: LoopOptions):
+    stash: the state of the last anchor: what a run that diverges goes back to, and, in a decay,
+      what the trunk goes on from.
+    """
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        corpus: Corpus,
+        options: LoopOptions,
+        should_stop: Callable[[int], bool],
+        microbatches: int,
+    ):
         self.spec, self.options, self.runs = jobs[0].spec, options, len(jobs)
+        self._should_stop = should_stop
+        self.patiently = Patience(lambda: should_stop(self.tick))
         if {job.spec.group for job in jobs} != {self.spec.group}:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
         self.segments = self.spec.segments
         data = self.spec.data
         self.reader = _reader(self.spec, self.runs, corpus, options)
         self.rows = validation_rows(corpus.valid, data.sequence_length, data.eval_tokens)
-        self.members = [Member(job, corpus, options) for job in jobs]
         self.tick = 0
+        self.members = [Member(job, corpus, options, self.patiently) for job in jobs]
         self.stash: TrainState | None = None
         seeds = np.array([job.spec.seed_init for job in jobs], np.int32)
         init = programs.compiled_init(self.spec.step, self.runs)
         self.state: TrainState = programs.place(init(seeds), self.runs)
         self._restore()
+        parts = max(microbatches, *(m.progress.microbatches for m in self.members))
+        self.step = dataclasses.replace(self.spec.step, microbatches=parts)
+        for member in self.members:
+            member.progress.microbatches = parts
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
         for member in self.members:
             member.open()
@@ -154,18 +215,23 @@ class _Loop:
     def _stack(self, states: Sequence[TrainState]) -> TrainState:
         return programs.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), self.runs)
 
-    def run(self, watch: Callable[[Report], None], should_stop: Callable[[int], bool]) -> None:
+    def run(self, watch: Callable[[Report], None]) -> None:
         """Make every remaining tick. Metrics are fetched at log steps, so that no step waits."""
         self.clock = self.last_save = self.last_report = time.monotonic()
         self.reported_tick: int | None = None  # the first interval holds compilation: no rate
         while self.tick < total_ticks(self.segments):
-            if should_stop(self.tick):
+            if self._should_stop(self.tick):
                 self._save()
                 raise Interrupted(self.spec.run_id)
             index, step = locate(self.segments, self.tick)
             segment = self.segments[index]
             if step == segment.start:
-                self._begin(segment)
+                for member in self.members:
+                    member.begin()
+            if segment.anchored(step):
+                if step > segment.start and self._rolled_back(segment):
+                    continue
+                self._drop_anchor(segment)
             count = self._steps_together(step, segment)
             self._dispatch(step, count, segment)
             done, last = step + count, step + count == segment.end
@@ -179,16 +245,36 @@ class _Loop:
         if self.runs > 1:
             self._save()  # so that a group cut short while it writes its summaries has nothing left
 
-    def _begin(self, segment: Segment) -> None:
-        for member in self.members:
-            member.begin()
-        if segment.is_decay:
-            # The step donates its input, so what is set aside must be a copy.
+    def _drop_anchor(self, segment: Segment) -> None:
+        """Set the state aside. A step donates its input, so this must be a copy."""
+        if segment.is_decay or self.spec.rollbacks:
+            self._drain()
             self.stash = programs.copied(self.state)
+            for member in self.members:
+                member.progress.tick = self.tick
+                member.anchor()
+
+    def _rolled_back(self, segment: Segment, last: bool = False) -> bool:
+        """Go back to the anchor if a run has diverged and may try other data: all of the group,
+        since it trains in step. The others make the same steps again, to the same bits."""
+        self._drain()
+        blamed = [
+            not m.progress.idle and m.may_roll_back() and m.diverged(segment, last)
+            for m in self.members
+        ]
+        if not any(blamed):
+            return False
+        anchor = self.members[0].progress.anchor
+        assert anchor is not None and self.stash is not None
+        self.tick = anchor["tick"]
+        for member, guilty in zip(self.members, blamed, strict=True):
+            member.roll_back(guilty, segment, locate(self.segments, self.tick)[1])
+        self.state = programs.copied(self.stash)
+        return True
 
     def _steps_together(self, step: int, segment: Segment) -> int:
         """How many steps from this one on can be one call: up to the next thing to do."""
-        end = min(segment.end, step + self.options.dispatch)
+        end = min(segment.next_anchor(step), step + self.options.dispatch)
         for every in (self.options.log_every, self.options.eval_every):
             if every:
                 end = min(end, (step // every + 1) * every)
@@ -197,11 +283,11 @@ class _Loop:
         return next(same, end) - step
 
     def _program(self, step: int, segment: Segment) -> tuple[StepConfig, float]:
-        return self.spec.phases.program(self.spec.step, step, segment.decay)
+        return self.spec.phases.program(self.step, step, segment.decay)
 
     def _dispatch(self, step: int, count: int, segment: Segment) -> None:
         program = self._program(step, segment)[0]
-        starts = np.stack([self._padded(m.batches.starts(step, count)) for m in self.members])
+        starts = np.stack([self._padded(m.starts(step, count)) for m in self.members])
         steps = programs.compiled_steps(program, self.runs, self.spec.data.sequence_length)
         self.state, metrics = steps(
             self.state,
@@ -277,6 +363,8 @@ class _Loop:
     def _end_or_save(self, index: int, last: bool) -> None:
         """At a log step: end what has diverged or is done; otherwise save now and then."""
         segment = self.segments[index]
+        if self._rolled_back(segment, last):
+            return
         for member in self.members:
             if not member.progress.idle and member.diverged(segment, last):
                 self._give_up(member, index)
@@ -334,7 +422,7 @@ class _Loop:
             member.write("endpoint", segment, segment.end, **values)
             last = segment.end == self.spec.ends[-1]
             if self.options.keep_model and last and loss is not None:
-                save_model(member.run_dir, params)
+                self.patiently(functools.partial(save_model, member.run_dir, params))
         assert self.stash is not None
         self.state, self.stash = self.stash, None
 
@@ -346,7 +434,7 @@ class _Loop:
     def _jump_to(self, index: int) -> None:
         self.tick = total_ticks(self.segments[:index])
         for member in self.members:
-            member.progress.tick, member.progress.skips = self.tick, 0
+            member.jump_to(self.tick)
 
     def _tick_clock(self) -> None:
         """Seconds of training so far, over all launches; a run's share of the machine's."""
@@ -360,7 +448,8 @@ class _Loop:
         self._tick_clock()
         for index, member in enumerate(self.members):
             member.progress.tick = self.tick
-            member.save(*programs.part((self.state, self.stash), index))
+            state, stash = programs.part((self.state, self.stash), index)
+            member.save(state, stash)
         self.last_save = time.monotonic()
 
     def close(self) -> None:

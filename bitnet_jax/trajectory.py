@@ -13,6 +13,10 @@ import dataclasses
 
 from bitnet_jax.optim import Schedule
 
+# A trunk's state is set aside at so many steps from its segment's start, and at multiples of it: a
+# run that diverges goes back to there. A decay goes back to where it branched off.
+ANCHOR_STEPS = 1000
+
 
 @dataclasses.dataclass(frozen=True)
 class Segment:
@@ -25,6 +29,17 @@ class Segment:
     @property
     def steps(self) -> int:
         return self.end - self.start
+
+    def anchored(self, step: int) -> bool:
+        """Whether the state before `step` is one to go back to."""
+        distance = step - self.start
+        return distance == 0 or not self.is_decay and distance % ANCHOR_STEPS == 0
+
+    def next_anchor(self, step: int) -> int:
+        """The first anchor after `step`, or the segment's end."""
+        if self.is_decay:
+            return self.end
+        return min(self.end, step + ANCHOR_STEPS - (step - self.start) % ANCHOR_STEPS)
 
     @property
     def decay(self) -> tuple[int, int] | None:

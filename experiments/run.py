@@ -56,7 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def quiet_libraries() -> None:
     """Orbax and friends tell their life; a person watching wants the losses."""
-    absl_logging.set_verbosity(absl_logging.ERROR)
+    absl_logging.set_verbosity(absl_logging.FATAL)
     logging.getLogger("jax").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax")
 

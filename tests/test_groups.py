@@ -4,6 +4,8 @@ import dataclasses
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from test_train import END, PHASED, assert_same_results, endpoints, is_diverged, metrics, summary
@@ -150,10 +152,42 @@ def test_a_diverging_member_leaves_the_others_alone(finished, broken):
     lines = [(line["kind"], line["step"], line["decay_to"]) for line in metrics(of(broken, 1))]
     assert lines == [
         *(("train", step, None) for step in (7, 14, 16)),
+        *[("rollback", 16, 2560)] * 2,  # what its data is does not help
         *(("train", 20, 2560), ("endpoint", 20, 2560)),
         *(("train", step, None) for step in (21, 28)),  # 25 skipped steps, and it is given up
     ]
-    assert 25 <= result["skipped_steps"] < 36
+    assert 25 <= result["skipped_steps"] < 36 and result["rollbacks"] == 2
+
+
+def test_a_member_that_goes_back_takes_the_others_with_it_to_the_same_bits(
+    launch, tmp_path, monkeypatch
+):
+    """The second is NaN for a decay of four steps; the others make those steps twice."""
+    compiled, calls = programs.compiled_steps, iter(range(10**6))
+    launch(tmp_path / "healthy")
+
+    def poisoning(*key):
+        def step(state, *rest):
+            if next(calls) not in range(16, 20):
+                return compiled(*key)(state, *rest)
+            keep = jax.tree.map(jnp.copy, state.params)
+            nan = jax.tree.map(lambda x: x.at[1].set(np.nan), state.params)
+            after, found = compiled(*key)(state.replace(params=nan), *rest)
+            whole = jax.tree.map(lambda new, old: new.at[1].set(old[1]), after.params, keep)
+            return after.replace(params=whole), found
+
+        return step
+
+    monkeypatch.setattr(programs, "compiled_steps", poisoning)
+    launch(tmp_path / "run")
+    for run in (0, 2):
+        assert_same_results(tmp_path / "run" / str(run), tmp_path / "healthy" / str(run))
+        assert summary(tmp_path / "run" / str(run))["rollbacks"] == 0
+    assert summary(tmp_path / "run" / "1")["rollbacks"] == 1
+    first, second = endpoints(tmp_path / "run" / "1")
+    healthy = endpoints(tmp_path / "healthy" / "1")
+    assert first["status"] == "ok" and first["loss"] != healthy[0]["loss"]
+    assert second == healthy[1]
 
 
 def test_a_member_that_diverges_in_a_decay_goes_on_from_its_trunk(
@@ -172,6 +206,7 @@ def test_a_member_that_diverges_in_a_decay_goes_on_from_its_trunk(
         return step
 
     long = {"train.tokens": (5120, 6400), "schedule.decay_fraction": 0.7}  # 12 to 40, 15 to 50
+    long["train.rollbacks"] = 0
     launch(tmp_path / "healthy", long)
     monkeypatch.setattr(programs, "compiled_steps", poisoning)
     launch(tmp_path / "poisoned", long)
@@ -191,7 +226,8 @@ def test_a_group_that_diverges_ends_early(launch, tmp_path):
     """At the log step at which the last of them is given up: no step is made after that."""
     reports = []
     members = [{**member, "optim.peak_lr": 1e30} for member in MEMBERS]
-    results = launch(tmp_path, members=members, watch=reports.append)
+    once = {"train.rollbacks": 0}
+    results = launch(tmp_path, once, members=members, watch=reports.append)
     assert [report.tick for report in reports] == [7, 14, 16, 20, 25, 32]
     assert reports[-1].loss is None
     for run, result in enumerate(results):

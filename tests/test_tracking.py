@@ -3,8 +3,10 @@
 import json
 import re
 import subprocess
+import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import pytest
@@ -107,14 +109,19 @@ def test_wandb_mode_comes_from_the_config_then_the_environment(tmp_path, monkeyp
     import wandb
 
     asked = []
-    monkeypatch.setattr(wandb, "init", lambda **settings: asked.append(settings["mode"]))
+
+    def init(**settings):
+        asked.append(settings["mode"])
+        return SimpleNamespace(log=lambda *_, **__: None, finish=lambda: None)
+
+    monkeypatch.setattr(wandb, "init", init)
     monkeypatch.setenv("WANDB_MODE", "online")
     for mode in ("offline", None, "disabled"):
-        Wandb(mode, "project", "id", tmp_path, {})
+        Wandb(mode, "project", "id", tmp_path, {}).close()
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    Wandb(None, "project", "id", tmp_path, {})
+    Wandb(None, "project", "id", tmp_path, {}).close()
     monkeypatch.delenv("WANDB_MODE")
-    Wandb(None, "project", "id", tmp_path, {}).log({"loss": 1.0}, 1)
+    Wandb(None, "project", "id", tmp_path, {}).close()
     assert asked == ["offline", "online", "offline"]
 
 
@@ -144,6 +151,38 @@ def test_broken_wandb_warns_once_and_is_left_alone(tmp_path, monkeypatch, capsys
     tracker.close()
     error = capsys.readouterr().err
     assert error == "warning: Weights & Biases is off for this run: no disk\n"
+
+
+@pytest.mark.parametrize("silent", ["init", "log", "finish"])
+def test_wandb_that_does_not_answer_stops_nothing(tmp_path, monkeypatch, capsys, silent):
+    """Neither a step nor the end waits for it, and the next run does not try it again."""
+    import wandb
+
+    answer, started = threading.Event(), []
+
+    def wait(where):
+        if where == silent:
+            answer.wait(30)
+
+    def init(**settings):
+        started.append(settings["id"])
+        wait("init")
+        return SimpleNamespace(log=lambda *_, **__: wait("log"), finish=lambda: wait("finish"))
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(tracking, "WANDB_SECONDS", 0.3)
+    monkeypatch.setattr(tracking, "WANDB_LINES", 10)
+    monkeypatch.setattr(Wandb, "_unreachable", threading.Event())
+    began = time.monotonic()
+    tracker = Wandb("online", "project", "one", tmp_path, {})
+    for tick in range(1000):
+        tracker.log({"loss": 1.0}, tick)
+    tracker.close()
+    assert time.monotonic() - began < 5
+    Wandb("online", "project", "two", tmp_path, {}).close()
+    assert started == ["one"]
+    assert "does not answer" in capsys.readouterr().err
+    answer.set()
 
 
 def test_two_wandb_runs_are_open_at_once(tmp_path, capsys):

@@ -13,10 +13,11 @@ import numpy as np
 import pytest
 from test_train_step import STOCHASTIC
 
-from bitnet_jax import programs
+from bitnet_jax import programs, trajectory
 from bitnet_jax.checkpoint import Checkpointer, load_model
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import train_batches, validation_rows
+from bitnet_jax.data.batches import TrainBatches
 from bitnet_jax.gradient_check import estimator_cosine
 from bitnet_jax.member import SKIPS_TO_DIVERGE
 from bitnet_jax.model import linear_layers
@@ -43,6 +44,8 @@ PHASED = {
     "log.gradient_sample": 3,
     "eval.every": 4,
 }
+# No second try for a run that diverges.
+ONCE = {"train.rollbacks": 0}
 # All that is random.
 RANDOM = {**SHORT, **STOCHASTIC, "precision": "ternary"}
 
@@ -102,9 +105,10 @@ def checkpoint(directory, spec):
     checkpointer = Checkpointer(directory / "checkpoints")
     state, stash, progress = checkpointer.restore_latest(compiled_init(spec.step)(0))
     checkpointer.close()
-    del progress["wall_s"]
-    for endpoint in progress["endpoints"]:
-        del endpoint["wall_s"]
+    for moment in (progress, progress["anchor"]):
+        del moment["wall_s"]
+        for endpoint in moment["endpoints"]:
+            del endpoint["wall_s"]
     return jax.tree.leaves(state), jax.tree.leaves(stash), progress
 
 
@@ -458,7 +462,8 @@ def is_diverged(row):
 @pytest.mark.parametrize("lr", [1e4, 1e30])
 def test_absurd_learning_rate_is_a_recorded_status(launch, tmp_path, lr):
     """Even where fewer steps remain than it takes to call a trunk diverged."""
-    result = launch(tmp_path, {"optim.peak_lr": lr})
+    result = launch(tmp_path, {"optim.peak_lr": lr, "train.rollbacks": 1})
+    assert result["rollbacks"] == 1
     assert result == summary(tmp_path) and result["status"] == "diverged"
     assert [row["tokens"] for row in result["endpoints"]] == [2560, 5120]
     assert is_diverged(result["endpoints"][1])
@@ -467,7 +472,7 @@ def test_absurd_learning_rate_is_a_recorded_status(launch, tmp_path, lr):
 
 def test_diverged_trunk_takes_every_later_endpoint_with_it(launch, poison, tmp_path):
     """Poisoned in the trunk between the first decay and the second: it stops soon after."""
-    budgets = {"train.tokens": (20 * 128, 100 * 128, 120 * 128)}
+    budgets = {"train.tokens": (20 * 128, 100 * 128, 120 * 128), "train.rollbacks": 0}
     poison({SECOND_TRUNK + 4}, lasting=True)
     result = launch(tmp_path, budgets)
     first, second, third = result["endpoints"]
@@ -483,7 +488,7 @@ def test_diverged_trunk_takes_every_later_endpoint_with_it(launch, poison, tmp_p
 
 def test_diverged_decay_leaves_the_trunk_alone(launch, poison, undisturbed, tmp_path):
     """A long decay that is NaN is given up early; the trunk goes on from where it branched."""
-    long = {"train.tokens": (5120, 6400), "schedule.decay_fraction": 0.75}
+    long = {"train.tokens": (5120, 6400), "schedule.decay_fraction": 0.75, "train.rollbacks": 0}
     expected = endpoints(undisturbed(**long))
     poison(range(10, 12), lasting=True)  # the first decay is steps 10 to 39
     launch(tmp_path, long)
@@ -497,16 +502,16 @@ def test_diverged_decay_leaves_the_trunk_alone(launch, poison, undisturbed, tmp_
 def test_decay_of_skipped_steps_is_not_an_endpoint(launch, poison, undisturbed, tmp_path):
     """Parameters are intact and the loss is finite, but nothing has decayed."""
     poison(range(FIRST_DECAY, SECOND_TRUNK))
-    result = launch(tmp_path)
+    result = launch(tmp_path, ONCE)
     assert is_diverged(result["endpoints"][0])
-    assert endpoints(tmp_path)[1] == endpoints(undisturbed())[1]
+    assert endpoints(tmp_path)[1] == endpoints(undisturbed(**ONCE))[1]
     assert result["skipped_steps"] == 4
 
 
 def test_a_diverged_endpoint_leaves_no_model(launch, poison, tmp_path):
     """Nothing was evaluated, so there is nothing to deploy."""
     poison(range(SECOND_DECAY, END))
-    result = launch(tmp_path)
+    result = launch(tmp_path, ONCE)
     assert [row["status"] for row in result["endpoints"]] == ["ok", "diverged"]
     assert not (tmp_path / "model").exists()
 
@@ -514,7 +519,7 @@ def test_a_diverged_endpoint_leaves_no_model(launch, poison, tmp_path):
 @pytest.mark.parametrize("every", [1, 7, 50])
 def test_skips_are_counted_wherever_the_log_steps_lie(launch, poison, tmp_path, every):
     """A run of skips ends a trunk at the 25th, and not at the 24th, though all is well after."""
-    budget = {"train.tokens": (50 * 128,), "log.every": every}
+    budget = {"train.tokens": (50 * 128,), "log.every": every, **ONCE}
     poison(range(3, 3 + SKIPS_TO_DIVERGE - 1))
     healthy = launch(tmp_path / "healthy", budget)
     assert healthy["status"] == "ok"
@@ -527,11 +532,155 @@ def test_skips_are_counted_wherever_the_log_steps_lie(launch, poison, tmp_path, 
 @pytest.mark.parametrize("stop", [2 + SKIPS_TO_DIVERGE, 35])
 def test_skips_survive_a_resumption(launch, poison, tmp_path, stop):
     """Stopped before the last of 25, and after all of them but before any log step."""
-    budget = {"train.tokens": (50 * 128,), "log.every": 50}
+    budget = {"train.tokens": (50 * 128,), "log.every": 50, **ONCE}
     poison(range(3, 3 + SKIPS_TO_DIVERGE))
     assert launch(tmp_path, budget, stop) is None
     result = launch(tmp_path, budget)
     assert (result["status"], result["skipped_steps"]) == ("diverged", SKIPS_TO_DIVERGE)
+
+
+# Going back
+
+
+def moved_on(monkeypatch, steps, first=0):
+    """A run that sees the data of `steps` later, from step `first` on."""
+    starts = TrainBatches.starts
+    monkeypatch.setattr(
+        TrainBatches,
+        "starts",
+        lambda self, step, count: starts(self, step + (steps if step >= first else 0), count),
+    )
+
+
+def test_a_trunk_that_diverges_goes_back_and_sees_other_data(launch, poison, tmp_path, monkeypatch):
+    """From where it last branched, on rows that lie the whole run further on."""
+    long = {"train.tokens": (20 * 128, 60 * 128)}
+    with monkeypatch.context() as patch:
+        moved_on(patch, 60, first=16)
+        launch(tmp_path / "expected", long)
+    poison(range(SECOND_TRUNK + 3, SECOND_TRUNK + 3 + SKIPS_TO_DIVERGE))
+    result = launch(tmp_path / "run", long)
+    assert (result["status"], result["rollbacks"], result["skipped_steps"]) == ("ok", 1, 0)
+    (line,) = metrics(tmp_path / "run", "rollback")
+    assert line == {"kind": "rollback", "step": 16, "tokens": 16 * 128, "decay_to": None,
+                    "cause": "diverged", "rollbacks": 1}  # fmt: skip
+    assert endpoints(tmp_path / "run")[1] == endpoints(tmp_path / "expected")[1]
+    assert endpoints(tmp_path / "run")[0] != endpoints(tmp_path / "expected")[0]
+    steps = [line["step"] for line in metrics(tmp_path / "run", "train")]
+    assert steps == sorted(steps) and len(set(steps)) == len(steps), "no line twice"
+
+
+@pytest.mark.parametrize("every", [1, 7, 50])
+def test_what_a_rollback_leads_to_does_not_depend_on_the_log_steps(
+    launch, poison, tmp_path, monkeypatch, every
+):
+    """The run goes back to the last anchor before it diverged, wherever that is noticed."""
+    budget = {"train.tokens": (100 * 128,), "log.every": every}
+    monkeypatch.setattr(trajectory, "ANCHOR_STEPS", 30)
+    with monkeypatch.context() as patch:
+        moved_on(patch, 100, first=30)
+        launch(tmp_path / "expected", {**budget, **ONCE})
+    poison(range(31, 31 + SKIPS_TO_DIVERGE))
+    launch(tmp_path / "run", budget)
+    expected, found = (endpoints(tmp_path / name)[0] for name in ("expected", "run"))
+    assert {**found, "run_id": expected["run_id"]} == expected
+    assert metrics(tmp_path / "run", "rollback")[0]["step"] == 30
+
+
+@pytest.mark.parametrize("stop", [None, FIRST_DECAY, FIRST_DECAY + 4, FIRST_DECAY + 6])
+def test_a_decay_that_diverges_is_tried_again_beside_its_trunk(
+    launch, poison, undisturbed, tmp_path, monkeypatch, stop
+):
+    """Its endpoint is of other data; the trunk does not know. Interrupted or not."""
+    with monkeypatch.context() as patch:
+        moved_on(patch, 40, first=16)
+        launch(tmp_path / "expected", {"train.tokens": (20 * 128,), **ONCE})
+    poison(range(FIRST_DECAY, SECOND_TRUNK))
+    if stop:
+        assert launch(tmp_path / "run", stop=stop) is None
+    result = launch(tmp_path / "run")
+    assert (result["status"], result["rollbacks"]) == ("ok", 1)
+    first, second = endpoints(tmp_path / "run")
+    assert first["loss"] == endpoints(tmp_path / "expected")[0]["loss"]
+    assert second == endpoints(undisturbed())[1]
+    assert [line["decay_to"] for line in metrics(tmp_path / "run", "rollback")] == [2560]
+
+
+def test_a_run_goes_back_no_more_often_than_it_may(launch, poison, tmp_path):
+    poison(range(10**6))
+    result = launch(tmp_path, {"train.rollbacks": 3})
+    assert (result["status"], result["rollbacks"]) == ("diverged", 3)
+    assert [line["rollbacks"] for line in metrics(tmp_path, "rollback")] == [1, 2, 3]
+    assert len(result["endpoints"]) == 2
+
+
+def test_a_loss_scale_that_collapses_is_no_divergence(launch, tmp_path, monkeypatch):
+    """Every loss is finite, and no scale keeps the gradients so."""
+    compiled = programs.compiled_steps
+
+    def overflowing(*program):
+        step = compiled(*program)
+        return lambda state, *rest: step(
+            state.replace(loss_scale=jnp.full_like(state.loss_scale, 3e38)), *rest
+        )
+
+    monkeypatch.setattr(programs, "compiled_steps", overflowing)
+    result = launch(tmp_path, {"precision": "fp16", "train.rollbacks": 1})
+    assert result["status"] == "collapsed"
+    assert {row["status"] for row in result["endpoints"]} == {"collapsed"}
+    assert metrics(tmp_path, "rollback")[0]["cause"] == "collapsed"
+
+
+# Memory
+
+
+def out_of_memory_above(monkeypatch, rows, runs=10**6):
+    """A machine on which a program with larger microbatches, or for more runs, does not fit."""
+    compiled = programs.compiled_steps
+
+    def limited(config, members, length):
+        step = compiled(config, members, length)
+
+        def run(state, tokens, starts, *rest):
+            if starts.shape[-1] // config.microbatches > rows or members > runs:
+                raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory: 9 GiB")
+            return step(state, tokens, starts, *rest)
+
+        return run
+
+    monkeypatch.setattr(programs, "compiled_steps", limited)
+
+
+def test_out_of_memory_cuts_the_microbatch(launch, undisturbed, tmp_path, monkeypatch, capsys):
+    """From 8 rows to 2: what was asked for as 4 microbatches gives the same bits."""
+    expected = endpoints(undisturbed(**{"train.microbatches": 4}))
+    whole = endpoints(undisturbed())
+    out_of_memory_above(monkeypatch, rows=2)
+    result = launch(tmp_path)
+    assert result["microbatches"] == 4
+    found = endpoints(tmp_path)
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+    assert [row["run_id"] for row in found] == [row["run_id"] for row in whole]
+    for mine, other in zip(found, whole, strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], abs=1e-3)
+    assert capsys.readouterr().err.count("out of memory") == 2
+
+
+def test_out_of_memory_in_the_middle_goes_on_from_the_checkpoint(launch, tmp_path, monkeypatch):
+    """And a later launch keeps to the smaller microbatches, though the memory is back."""
+    with monkeypatch.context() as patch:
+        out_of_memory_above(patch, rows=4)
+        assert launch(tmp_path / "run", stop=30) is None
+    assert launch(tmp_path / "run")["microbatches"] == 2
+    launch(tmp_path / "expected", {"train.microbatches": 2})
+    found, expected = (endpoints(tmp_path / name) for name in ("run", "expected"))
+    assert [row["loss"] for row in found] == [row["loss"] for row in expected]
+
+
+def test_out_of_memory_with_one_row_is_a_failure(launch, tmp_path, monkeypatch):
+    out_of_memory_above(monkeypatch, rows=0)
+    with pytest.raises(jax.errors.JaxRuntimeError, match="Out of memory"):
+        launch(tmp_path)
 
 
 # Files
@@ -761,7 +910,8 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     assert config.keys() == header | {"identity", "config"}
     assert config["run_id"] == result["run_id"] == spec.run_id
     assert result.keys() == header | {
-        "status", "skipped_steps", "wall_s", "total_flops", "endpoints",
+        "status", "skipped_steps", "rollbacks", "microbatches", "wall_s", "total_flops",
+        "endpoints",
     }  # fmt: skip
     assert result == summary(tmp_path)
     assert result["status"] == "ok" and result["skipped_steps"] == 0

@@ -59,6 +59,7 @@ def get_config() -> ConfigDict:
     c.train.tokens = (1_000_000,)  # budgets, increasing; several only with schedule wsd
     c.train.batch_tokens = 1024  # tokens an optimizer step
     c.train.microbatches = 1  # gradient accumulation: the batch is cut into so many parts
+    c.train.rollbacks = 2  # a run that diverges goes back and tries other data, so often at most
 
     c.schedule = ConfigDict()
     c.schedule.name = "wsd"  # wsd (several endpoints), cosine, two_stage (BitNet's), trilm

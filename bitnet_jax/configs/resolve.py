@@ -86,6 +86,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
         peak_lr=float(peak_lr),
         weight_decay=float(config.optim.weight_decay),
         phases=phases,
+        rollbacks=_rollbacks(config),
         tags=tuple((key, str(value)) for key, value in sorted(config.tags.items())),
     )
 
@@ -237,6 +238,12 @@ def _batch_size(config: ConfigDict) -> int:
         f"it must divide the batch of {tokens // length} sequences",
     )
     return tokens // length
+
+
+def _rollbacks(config: ConfigDict) -> int:
+    count = config.train.rollbacks
+    require(0 <= count <= 100, "train.rollbacks", count, "it must lie in [0, 100]")
+    return count
 
 
 def _ends(config: ConfigDict) -> tuple[int, ...]:
