@@ -28,7 +28,12 @@ from bitnet_jax.precision import get_precision
 from sweeps.grid import Point, axis, chain, parse_arg, product
 
 PAIR = ("ternary", "fp16")
-RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the rate expected for size and arm
+RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the default for size and arm
+# Peak rates at 1e5 parameters and their exponent in N, one for both arms: least squares through the
+# optima of the learning-rate part at 40 tokens a parameter, `python -m analysis.learning_rate
+# results/study-cpu/learning_rate/endpoints.csv`. At 160 the optima lie lower (as D^-.26), in
+# float16 more than in the ternary arm, which costs at most .007 nats there.
+TERNARY_RATE, FLOAT_RATE, RATE_EXPONENT = 4.8e-3, 3.4e-3, -0.60
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 EXTRA_ARMS: tuple[Point, ...] = (
     {"precision": "ternary", "quantization.activations": "none"},
@@ -176,4 +181,5 @@ def _default_rate(size: str, arm: Point) -> float:
 
 def peak_lr(size: str, arm: Point) -> float:
     """Of an arm at a size."""
-    return _default_rate(size, arm)
+    at_1e5 = TERNARY_RATE if get_precision(arm["precision"]).quantized else FLOAT_RATE
+    return at_1e5 * (_parameters(size) / 1e5) ** RATE_EXPONENT

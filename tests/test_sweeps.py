@@ -3,8 +3,11 @@
 import dataclasses
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from analysis.learning_rate import optima
+from analysis.tables import read_table
 from bitnet_jax import ladder
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
@@ -380,6 +383,23 @@ def test_study_grid_has_five_sizes_of_five_ratios_and_three_seeds_at_the_small_e
         if p["precision"] == "ternary":
             seeds.setdefault(p["model.size"], []).append(p["seed"])
     assert len(seeds) == 5 and seeds["27k"] == [0, 1, 2] == seeds["95k"]
+
+
+def test_study_takes_the_rates_that_its_first_part_found():
+    """The constants are the least-squares fit to the committed optima."""
+    table = read_table(FOLDER.parent / "results/study-cpu/learning_rate/endpoints.csv")
+    found = optima(table)
+    found = found[found["tokens"] / found["params_non_embedding"] > 30]
+    found = found[found["tokens"] / found["params_non_embedding"] < 50]
+    ternary = (found["precision"] == "ternary").to_numpy(float)
+    columns = [ternary, 1 - ternary, np.log(found["params_non_embedding"] / 1e5)]
+    fit = np.linalg.lstsq(np.stack(columns, axis=1), np.log(found["optimum"]), rcond=None)[0]
+    constants = np.log(study.TERNARY_RATE), np.log(study.FLOAT_RATE), study.RATE_EXPONENT
+    np.testing.assert_allclose(fit, constants, atol=0.02)
+    for arm, rate in (("ternary", study.TERNARY_RATE), ("fp16", study.FLOAT_RATE)):
+        assert study.peak_lr("95k", {"precision": arm}) == pytest.approx(
+            rate * 0.94976**study.RATE_EXPONENT
+        )
 
 
 def ladder_parameters(size):
