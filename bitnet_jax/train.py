@@ -67,22 +67,28 @@ def train_group(
     options: LoopOptions,
     watch: Callable[[Report], None] = lambda report: None,
     should_stop: Callable[[int], bool] = lambda tick: False,
+    guard: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train runs to their last endpoint, from the newest checkpoint that all of them have.
 
     jobs: of one `RunSpec.group`. watch: called at every log step.
     should_stop: asked before every call of the compiled program.
+    guard: called before anything is written; what it raises abandons the runs as they are on disk.
     Returns their summaries, as in summary.json: status `ok` or `diverged`, and a row an endpoint.
 
     Raises:
       Interrupted: should_stop said so; calling again goes on from there.
     """
-    loop = _Loop(jobs, corpus, options)
+    loop = _Loop(jobs, corpus, options, guard)
     try:
         loop.run(watch, should_stop)
     finally:
         loop.close()
-    return [member.summarize() for member in loop.members]
+    summaries = []
+    for member in loop.members:
+        guard()
+        summaries.append(member.summarize())
+    return summaries
 
 
 def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> None:
@@ -117,14 +123,22 @@ def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> R
 class _Loop:
     """A group while it trains. `state` is what the next step starts from, a runs axis leading."""
 
-    def __init__(self, jobs: Sequence[Job], corpus: Corpus, options: LoopOptions):
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        corpus: Corpus,
+        options: LoopOptions,
+        guard: Callable[[], None],
+    ):
         self.spec, self.options, self.runs = jobs[0].spec, options, len(jobs)
+        self.guard = guard
         if {job.spec.group for job in jobs} != {self.spec.group}:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
         self.segments = self.spec.segments
         data = self.spec.data
         self.reader = _reader(self.spec, self.runs, corpus, options)
         self.rows = validation_rows(corpus.valid, data.sequence_length, data.eval_tokens)
+        self.guard()
         self.members = [Member(job, corpus, options) for job in jobs]
         self.tick = 0
         self.stash: TrainState | None = None
@@ -133,11 +147,13 @@ class _Loop:
         self.state: TrainState = programs.place(init(seeds), self.runs)
         self._restore()
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
+        self.guard()
         for member in self.members:
             member.open()
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint that every member has, if there is one."""
+        self.guard()
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
         for member in self.members:
             member.checkpointer.forget_after(max(common, default=-1))
@@ -244,6 +260,7 @@ class _Loop:
         self._drain()
         factors = self.spec.schedule.factors(done - 1, segment.decay)
         stats, sizes = self._observe()
+        self.guard()
         for index, member in enumerate(self.members):
             member.progress.tick = self.tick
             if not member.progress.idle:
@@ -292,6 +309,7 @@ class _Loop:
     def _give_up(self, member: Member, index: int) -> None:
         """A member diverged. With a trunk, so has every endpoint that would have come of it."""
         segment = self.segments[index]
+        self.guard()
         member.progress.idle = True
         self._tick_clock()
         if segment.is_decay:
@@ -306,7 +324,9 @@ class _Loop:
     def _evaluate_on_the_way(self, segment: Segment, done: int) -> None:
         """In the arm of the step just made, with all its quantization."""
         program = dataclasses.replace(self._program(done - 1, segment)[0], warming=False)
-        for member, (loss, _) in zip(self.members, self._evaluate(program), strict=True):
+        losses = self._evaluate(program)
+        self.guard()
+        for member, (loss, _) in zip(self.members, losses, strict=True):
             if not member.progress.idle:
                 member.progress.tick = self.tick
                 member.write("eval", segment, done, valid_loss=loss)
@@ -331,6 +351,7 @@ class _Loop:
             sample = self.options.gradient_sample if self.spec.step.precision.quantized else 0
             if sample and loss is not None:
                 values["gradient_cosine"] = self._gradient_cosine(params, member.spec)
+            self.guard()
             member.write("endpoint", segment, segment.end, **values)
             last = segment.end == self.spec.ends[-1]
             if self.options.keep_model and last and loss is not None:
@@ -359,6 +380,7 @@ class _Loop:
         self._drain()
         self._tick_clock()
         for index, member in enumerate(self.members):
+            self.guard()
             member.progress.tick = self.tick
             member.save(*programs.part((self.state, self.stash), index))
         self.last_save = time.monotonic()
