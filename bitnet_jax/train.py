@@ -69,6 +69,7 @@ def train_group(
     options: LoopOptions,
     watch: Callable[[Report], None] = lambda report: None,
     should_stop: Callable[[int], bool] = lambda tick: False,
+    guard: Callable[[], None] = lambda: None,
 ) -> list[dict[str, Any]]:
     """Train runs to their last endpoint, from the newest checkpoint that all of them have.
 
@@ -76,6 +77,7 @@ def train_group(
 
     jobs: of one `RunSpec.group`. watch: called at every log step.
     should_stop: asked before every call of the compiled program.
+    guard: called before anything is written; what it raises abandons the runs as they are on disk.
     Returns their summaries, as in summary.json.
 
     Raises:
@@ -84,7 +86,10 @@ def train_group(
     microbatches = jobs[0].spec.step.microbatches
     while True:
         try:
-            return _train_group(jobs, corpus, options, watch, should_stop, microbatches)
+            loop = _Loop(jobs, corpus, options, should_stop, guard, microbatches)
+            return _train_group(loop, watch)
+        except GaveUp as error:
+            raise Interrupted(jobs[0].spec.run_id) from error
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
@@ -93,7 +98,7 @@ def train_group(
                 raise
         if more is None:
             _tell(f"out of memory: training the {len(jobs)} runs of a group one by one")
-            return [train_group([j], corpus, options, watch, should_stop)[0] for j in jobs]
+            return [train_group([j], corpus, options, watch, should_stop, guard)[0] for j in jobs]
         microbatches = more
         names = ", ".join(job.spec.run_id for job in jobs)
         _tell(f"out of memory: {names}: going on with {more} microbatches a step; the batch is as "
@@ -107,20 +112,10 @@ def _more_microbatches(spec: RunSpec, microbatches: int) -> int | None:
     return halved if halved in larger else next(iter(larger), None)
 
 
-def _train_group(
-    jobs: Sequence[Job],
-    corpus: Corpus,
-    options: LoopOptions,
-    watch: Callable[[Report], None],
-    should_stop: Callable[[int], bool],
-    microbatches: int,
-) -> list[dict[str, Any]]:
-    loop = _Loop(jobs, corpus, options, should_stop, microbatches)
+def _train_group(loop: "_Loop", watch: Callable[[Report], None]) -> list[dict[str, Any]]:
     try:
         loop.run(watch)
-        return [loop.patiently(member.summarize) for member in loop.members]
-    except GaveUp as error:
-        raise Interrupted(jobs[0].spec.run_id) from error
+        return loop.summarize()
     finally:
         loop.close()
 
@@ -171,10 +166,11 @@ class _Loop:
         corpus: Corpus,
         options: LoopOptions,
         should_stop: Callable[[int], bool],
+        guard: Callable[[], None],
         microbatches: int,
     ):
         self.spec, self.options, self.runs = jobs[0].spec, options, len(jobs)
-        self._should_stop = should_stop
+        self.should_stop, self.guard = should_stop, guard
         self.patiently = Patience(lambda: should_stop(self.tick))
         if {job.spec.group for job in jobs} != {self.spec.group}:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
@@ -183,6 +179,7 @@ class _Loop:
         self.reader = _reader(self.spec, self.runs, corpus, options)
         self.rows = validation_rows(corpus.valid, data.sequence_length, data.eval_tokens)
         self.tick = 0
+        self.guard()
         self.members = [Member(job, corpus, options, self.patiently) for job in jobs]
         self.stash: TrainState | None = None
         seeds = np.array([job.spec.seed_init for job in jobs], np.int32)
@@ -194,11 +191,13 @@ class _Loop:
         for member in self.members:
             member.progress.microbatches = parts
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
+        self.guard()
         for member in self.members:
             member.open()
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint that every member has, if there is one."""
+        self.guard()
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
         for member in self.members:
             member.checkpointer.forget_after(max(common, default=-1))
@@ -220,7 +219,7 @@ class _Loop:
         self.clock = self.last_save = self.last_report = time.monotonic()
         self.reported_tick: int | None = None  # the first interval holds compilation: no rate
         while self.tick < total_ticks(self.segments):
-            if self._should_stop(self.tick):
+            if self.should_stop(self.tick):
                 self._save()
                 raise Interrupted(self.spec.run_id)
             index, step = locate(self.segments, self.tick)
@@ -264,6 +263,7 @@ class _Loop:
         ]
         if not any(blamed):
             return False
+        self.guard()
         anchor = self.members[0].progress.anchor
         assert anchor is not None and self.stash is not None
         self.tick = anchor["tick"]
@@ -330,6 +330,7 @@ class _Loop:
         self._drain()
         factors = self.spec.schedule.factors(done - 1, segment.decay)
         stats, sizes = self._observe()
+        self.guard()
         for index, member in enumerate(self.members):
             member.progress.tick = self.tick
             if not member.progress.idle:
@@ -380,6 +381,7 @@ class _Loop:
     def _give_up(self, member: Member, index: int) -> None:
         """A member diverged. With a trunk, so has every endpoint that would have come of it."""
         segment = self.segments[index]
+        self.guard()
         member.progress.idle = True
         self._tick_clock()
         if segment.is_decay:
@@ -394,7 +396,9 @@ class _Loop:
     def _evaluate_on_the_way(self, segment: Segment, done: int) -> None:
         """In the arm of the step just made, with all its quantization."""
         program = dataclasses.replace(self._program(done - 1, segment)[0], warming=False)
-        for member, (loss, _) in zip(self.members, self._evaluate(program), strict=True):
+        losses = self._evaluate(program)
+        self.guard()
+        for member, (loss, _) in zip(self.members, losses, strict=True):
             if not member.progress.idle:
                 member.progress.tick = self.tick
                 member.write("eval", segment, done, valid_loss=loss)
@@ -419,6 +423,7 @@ class _Loop:
             sample = self.options.gradient_sample if self.spec.step.precision.quantized else 0
             if sample and loss is not None:
                 values["gradient_cosine"] = self._gradient_cosine(params, member.spec)
+            self.guard()
             member.write("endpoint", segment, segment.end, **values)
             last = segment.end == self.spec.ends[-1]
             if self.options.keep_model and last and loss is not None:
@@ -447,10 +452,19 @@ class _Loop:
         self._drain()
         self._tick_clock()
         for index, member in enumerate(self.members):
+            self.guard()
             member.progress.tick = self.tick
             state, stash = programs.part((self.state, self.stash), index)
             member.save(state, stash)
         self.last_save = time.monotonic()
+
+    def summarize(self) -> list[dict[str, Any]]:
+        """Write what each run has come to."""
+        summaries = []
+        for member in self.members:
+            self.guard()
+            summaries.append(self.patiently(member.summarize))
+        return summaries
 
     def close(self) -> None:
         for member in self.members:

@@ -33,10 +33,10 @@ def collect(
 ) -> pd.DataFrame:
     """Read finished runs' rows, write the table atomically, and return it.
 
-    failures: rows of runs that failed in this launch, by run id. tags: of the runs that belong to
-      the table, by run id, so that what an earlier config left in the same directory is not mixed
-      in, and a run that another config has trained carries this one's tags; default all as they
-      are.
+    failures: rows of runs that failed in this launch, by run id; left out where another launch has
+      finished the run meanwhile. tags: of the runs that belong to the table, by run id, so that
+      what an earlier config left in the same directory is not mixed in, and a run that another
+      config has trained carries this one's tags; default all as they are.
 
     Raises:
       FileNotFoundError: no run has finished or failed.
@@ -51,8 +51,10 @@ def collect(
         if tags is not None:
             endpoints = [_tagged(row, tags[run_id]) for row in endpoints]
         rows += [{"sweep": sweep_directory.name, **row} for row in endpoints]
-    for failed in (failures or {}).values():
-        rows += [{"sweep": sweep_directory.name, **row} for row in failed]
+    finished = {row["run_id"] for row in rows}
+    for run_id, failed in (failures or {}).items():
+        if run_id not in finished:
+            rows += [{"sweep": sweep_directory.name, **row} for row in failed]
     if not rows:
         raise FileNotFoundError(f"{sweep_directory}: no run has finished")
     table = pd.DataFrame(rows)

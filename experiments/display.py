@@ -119,6 +119,15 @@ class SweepDisplay:
         """Runs begin that train as one program; often a single one."""
         return GroupProgress(self, group, self._screen, self._bars)
 
+    def say(self, line: str) -> None:
+        """A line that stays."""
+        self._screen.print(line, soft_wrap=True, markup=False)
+
+    def finished_elsewhere(self, run: PlannedRun, text: str) -> None:
+        """Another launcher has finished a run that was waiting here."""
+        self.advance([run], 1.0)
+        self.say(f"{self.number(run)} {run.spec.run_id}  {text}")
+
     def number(self, run: PlannedRun) -> str:
         """Its place in the plan."""
         return f"[{self._plan.runs.index(run) + 1}/{len(self._plan.runs)}]"
@@ -185,6 +194,13 @@ class GroupProgress:
         self._screen.print(line, soft_wrap=True, markup=False)
         self._unfinished -= 1
         if self._bars and not self._unfinished:
+            self._bars.remove_task(self._bar)
+
+    def leave(self, text: str) -> None:
+        """The group is given up unfinished."""
+        self._sweep.advance(self._group, 0.0)
+        self._sweep.say(f"{self._name}  {text}")
+        if self._bars:
             self._bars.remove_task(self._bar)
 
 

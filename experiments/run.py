@@ -6,12 +6,14 @@
 
 With --sweep: every run that the config file's `sweep` yields, then endpoints.parquet, fits.json,
 figures/ and report.html. Without: the one run that the config describes. What is finished is
-skipped, what was interrupted goes on.
+skipped, what was interrupted goes on. The same command given several times at once, on one machine
+or on several that share the workdir, shares the runs out; each ends when all are finished.
 
 Exit status: 0 all endpoints there; 1 some run failed or diverged (the rest is complete); 2 bad
 usage or config; 130 or 143 interrupted by Ctrl-C or SIGTERM, state saved.
 """
 
+import contextlib
 import json
 import logging
 import os
@@ -35,7 +37,7 @@ from bitnet_jax.train import Interrupted
 from experiments import command_line, display, report
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch.local import StopRequest, train_all
+from experiments.launch.local import StopRequest, alone, train_all
 from experiments.plan import Plan, load_points, make_plan
 from experiments.references import references
 
@@ -84,7 +86,7 @@ def _make_writable(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # another machine's process may have this one's number
     except OSError as error:
         raise ConfigError(
             f"workdir={str(directory.parent)!r}: cannot write there ({error.strerror}); "
@@ -94,21 +96,23 @@ def _make_writable(directory: Path) -> None:
 
 def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
     began, show = time.monotonic(), display.SweepDisplay(screen, plan)
-    with StopRequest() as stop:
-        try:
-            with show.live():
-                failures = train_all(plan, show, stop)
-        except (Interrupted, KeyboardInterrupt):
-            screen.print("interrupted; all is saved. To go on, give the same command again:")
-            screen.print(f"  {command}", soft_wrap=True, markup=False)
-            return 128 + (stop.signal or signal.SIGINT)
-    tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
-    table = collect(plan.directory, failures, tags)
-    _show_endpoints(screen, plan.name, table)
-    if is_sweep:
-        _report(plan, screen, command)
-    else:
-        screen.print(f"results: {plan.directory}", soft_wrap=True)
+    with contextlib.ExitStack() as turn:
+        with StopRequest() as stop:
+            try:
+                with show.live():
+                    failures = train_all(plan, show, stop)
+                turn.enter_context(alone(plan, show, stop))
+            except (Interrupted, KeyboardInterrupt):
+                screen.print("interrupted; all is saved. To go on, give the same command again:")
+                screen.print(f"  {command}", soft_wrap=True, markup=False)
+                return 128 + (stop.signal or signal.SIGINT)
+        tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
+        table = collect(plan.directory, failures, tags)
+        _show_endpoints(screen, plan.name, table)
+        if is_sweep:
+            _report(plan, screen, command)
+        else:
+            screen.print(f"results: {plan.directory}", soft_wrap=True)
     screen.print(f"{len(table)} endpoints in {display.duration(time.monotonic() - began)}")
     return 0 if (table["status"] == "ok").all() else 1
 

@@ -153,6 +153,18 @@ def test_failed_and_diverged_runs_are_rows(sweep, spec_of):
     assert pd.read_parquet(sweep.folder / "endpoints.parquet")["loss"].dtype == "float64"
 
 
+def test_what_failed_here_and_was_finished_by_another_launch_has_not_failed(sweep, spec_of):
+    mended, failed = spec_of(seed=1), spec_of(seed=2)
+    sweep(mended)
+    failures = {spec.run_id: rows_of(spec, status="failed") for spec in (mended, failed)}
+    table = collect(sweep.folder, failures)
+    assert {run: set(rows["status"]) for run, rows in table.groupby("run_id")} == {
+        mended.run_id: {"ok"},
+        failed.run_id: {"failed"},
+    }
+    assert len(table) == 4
+
+
 def test_unfinished_runs_are_not_rows(sweep, spec_of):
     sweep(spec_of())
     unfinished = sweep.folder / "runs" / spec_of(seed=1).run_id

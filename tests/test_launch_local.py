@@ -126,7 +126,7 @@ def launch(planned, tmp_path, tiny_corpus, monkeypatch):
             runs[index].directory.mkdir()
             (runs[index].directory / "summary.json").touch()
 
-        def train_group(jobs, corpus, options, watch, should_stop):
+        def train_group(jobs, corpus, options, watch, should_stop, guard):
             (job,) = jobs
             train_one(job.spec, options, should_stop)
             return [{"status": "ok", "endpoints": []}]

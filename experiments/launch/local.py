@@ -1,18 +1,21 @@
-"""Train a plan's runs in this process, in groups of one shape and arm.
+"""Train a plan's runs in this process, in groups of one shape and arm, beside other launchers.
 
 An accelerator trains the small models of a group side by side, as one program. A CPU trains them no
 faster so: there a group is a single run, but two of them share its cores, since the operations of a
 small model are too short to occupy several. Either way one long-lived process compiles each shape
 and arm once and serves every run of it.
+
+Launchers of one sweep, wherever they run, share its folder and its runs by leases (`leases.py`).
 """
 
-import collections
 import contextlib
 import dataclasses
+import json
 import signal
 import threading
+import time
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
@@ -23,7 +26,11 @@ from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
 from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
+from experiments.launch.leases import Held, Lease, Leases, look_afresh
 from experiments.plan import Plan, PlannedRun, first_line
+
+POLL = 1.0  # seconds between looks at what other launchers hold
+RESULTS = "results"  # the lease on what is written of all runs together; no run's id
 
 
 class StopRequest:
@@ -55,14 +62,50 @@ class StopRequest:
 def train_all(
     plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]
 ) -> dict[str, list[dict[str, Any]]]:
-    """Train what is not finished. A failure does not stop the groups that follow.
+    """Train what is not finished, together with whoever else does, until nothing is left.
 
-    Returns rows of the runs that failed, by run id.
+    A failure does not stop the groups that follow.
+
+    Returns rows of the runs that failed here, by run id; another launcher may have finished them.
 
     Raises:
       Interrupted: should_stop said so; the plan goes on from there when launched again.
+      ConfigError: the leases cannot be written.
     """
-    return _Launch(plan, display, should_stop).run()
+    with Leases(plan.directory / "leases") as leases:
+        return _Launch(plan, display, should_stop, leases).run()
+
+
+@contextlib.contextmanager
+def alone(plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]) -> Iterator[None]:
+    """Inside, no other launcher writes the plan's results. Raises like `train_all`."""
+    told = None
+    with Leases(plan.directory / "leases") as leases:
+        while True:
+            try:
+                (lease,) = leases.claim([RESULTS])
+                break
+            except Held as held:
+                if str(held) != told:
+                    told = str(held)
+                    display.say(f"waiting for {told}, which writes the results")
+            _wait(should_stop)
+        try:
+            yield
+        finally:
+            leases.release(lease, done=True)
+
+
+@dataclasses.dataclass
+class _Claim:
+    """A group that is this launcher's to train, and the leases on its runs."""
+
+    group: list[PlannedRun]
+    leases: list[Lease]
+
+    @property
+    def lost(self) -> bool:
+        return any(lease.lost for lease in self.leases)
 
 
 class _Launch:
@@ -73,10 +116,15 @@ class _Launch:
     """
 
     def __init__(
-        self, plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]
+        self,
+        plan: Plan,
+        display: SweepDisplay,
+        should_stop: Callable[[int], bool],
+        leases: Leases,
     ) -> None:
         self._plan, self._display, self._should_stop = plan, display, should_stop
-        self._waiting = collections.deque(grouped(plan.runs))
+        self._leases = leases
+        self._waiting = grouped(plan.runs)
         wanted = max((parallel(group[0].config) for group in self._waiting), default=1)
         self._workers = max(1, min(wanted, len(self._waiting)))
         self._taking = threading.Lock()
@@ -93,58 +141,145 @@ class _Launch:
                 self._work()  # in the main thread, which is the one that signals interrupt
                 for future in futures:
                     future.result()
-            except KeyboardInterrupt:
+            except BaseException:
                 self._stopped = True
                 raise
         return self._failures
 
     def _work(self) -> None:
-        while (group := self._take()) is not None:
-            progress = self._display.start(group)
+        while (claim := self._take()) is not None:
+            progress = self._display.start(claim.group)
             try:
-                summaries = self._train(group, progress)
+                summaries = self._train(claim, progress)
             except Interrupted:
                 self._stopped = True
                 raise
             except Exception as error:
-                self._failures.update(_fail(group, error, progress))
+                if claim.lost:
+                    self._give_up(claim, progress)
+                else:
+                    self._failures.update(_fail(claim.group, error, progress))
             else:
-                for run, summary in zip(group, summaries, strict=True):
+                for run, summary in zip(claim.group, summaries, strict=True):
                     progress.finish(run, _outcome(summary))
+            finally:
+                self._release(claim.group, claim.leases)
 
-    def _train(self, group: list[PlannedRun], progress: GroupProgress) -> list[dict[str, Any]]:
-        options = loop_options(group[0].config)
+    def _train(self, claim: _Claim, progress: GroupProgress) -> list[dict[str, Any]]:
+        options = loop_options(claim.group[0].config)
         return train_group(
-            [Job(run.spec, run.directory, run.config.to_dict()) for run in group],
+            [Job(run.spec, run.directory, run.config.to_dict()) for run in claim.group],
             self._plan.corpus,
             # A lone run shares the machine with nobody, whatever the config allows.
             dataclasses.replace(options, parallel=self._workers),
             watch=progress.watch,
             should_stop=self._stop,
+            guard=lambda: self._leases.check(claim.leases),
         )
+
+    def _give_up(self, claim: _Claim, progress: GroupProgress) -> None:
+        """Another launcher took over what this one was silent about for too long."""
+        progress.leave("taken over by another launcher")
+        self._release(claim.group, claim.leases)
+        with self._taking:
+            self._waiting.append(claim.group)
+
+    def _release(self, runs: Iterable[PlannedRun], leases: Iterable[Lease]) -> None:
+        finished = {run.spec.run_id for run in runs if run.finished}
+        for lease in leases:
+            self._leases.release(lease, done=lease.name in finished)
 
     def _stop(self, tick: int) -> bool:
         """What one worker has been told holds for all."""
         return self._stopped or self._should_stop(tick)
 
-    def _take(self) -> list[PlannedRun] | None:
-        """The next group, whose programs are there, are being made, or are for it to make."""
-        with self._taking:
-            if self._stopped or not self._waiting:
-                return None
-            group = self._waiting.popleft()
-            own = self._compiling.setdefault(_program(group), _done())
-            if self._waiting:
-                self._compile_ahead(self._waiting[0])
+    def _take(self) -> _Claim | None:
+        """The next group, whose programs are there, are being made, or are for it to make.
+
+        None once no run is left, neither here nor, unfinished, with another launcher.
+        """
+        told: set[str] = set()
+        while True:
+            with self._taking:
+                if self._stopped or not self._waiting:
+                    return None
+                held: set[str] = set()
+                claim = self._claim_next(held)
+                if claim is not None:
+                    break
+            if held - told:
+                self._display.say(f"waiting for runs of {', '.join(sorted(held))}")
+                told |= held
+            if held:
+                _wait(self._stop)
+        own = self._compiling[_program(claim.group)]
         if not own.cancel():
             own.result()
-        return None if self._stopped else group
+        if self._stopped:
+            self._release(claim.group, claim.leases)
+            return None
+        return claim
+
+    def _claim_next(self, held: set[str]) -> _Claim | None:
+        """The first group that can be had in whole; None if each is with others, who go to `held`.
+
+        Begins to compile for the one behind it. Called by one worker at a time.
+        """
+        place = 0
+        while place < len(self._waiting):
+            try:
+                claim, rest = self._claim(self._waiting[place])
+            except Held as holder:
+                held.add(str(holder))
+                place += 1
+                continue
+            self._waiting[place : place + 1] = rest
+            if claim is not None:
+                self._compiling.setdefault(_program(claim.group), _done())
+                if place < len(self._waiting):
+                    self._compile_ahead(self._waiting[place])
+                return claim
+        return None
+
+    def _claim(self, group: list[PlannedRun]) -> tuple[_Claim | None, list[list[PlannedRun]]]:
+        """What is to be trained of a group at once, and what is left of it for later.
+
+        Meanwhile others may have finished some of its runs, and begun some.
+
+        Raises:
+          Held: another launcher has one of them.
+        """
+        runs = [run for run in group if not run.finished]
+        leases = self._leases.claim([run.spec.run_id for run in runs])
+        for folder in (*{run.directory.parent for run in runs}, *(run.directory for run in runs)):
+            look_afresh(folder)
+        for run in group:
+            if run.finished:
+                self._display.finished_elsewhere(run, _outcome_elsewhere(run))
+        first, *rest = grouped(runs) or [[]]
+        chosen = {run.spec.run_id for run in first}
+        self._release(runs, [lease for lease in leases if lease.name not in chosen])
+        own = [lease for lease in leases if lease.name in chosen]
+        return (_Claim(first, own) if first else None), rest
 
     def _compile_ahead(self, group: list[PlannedRun]) -> None:
         program = _program(group)
         if program not in self._compiling:
             task = self._background.submit(_compile_ahead, self._plan, group)
             self._compiling[program] = task
+
+
+def _wait(should_stop: Callable[[int], bool]) -> None:
+    """Until it is time to look again.
+
+    Raises:
+      Interrupted: should_stop said so.
+    """
+    end = time.monotonic() + POLL
+    while time.monotonic() < end:
+        if should_stop(0):
+            raise Interrupted("while waiting for another launcher")
+        time.sleep(POLL / 10)
 
 
 def _done() -> Future:
@@ -201,6 +336,15 @@ def _outcome(summary: dict[str, Any]) -> str:
         return summary["status"].upper()
     losses = ", ".join(f"{row['bits_per_byte']:.3f}" for row in summary["endpoints"])
     return f"{losses} bits a byte"
+
+
+def _outcome_elsewhere(run: PlannedRun) -> str:
+    """Of a run that another launcher has finished."""
+    try:
+        outcome = _outcome(json.loads((run.directory / "summary.json").read_text()))
+    except (OSError, ValueError, KeyError, TypeError):
+        return "done by another launcher"  # what is wrong with it is said when all are collected
+    return f"{outcome}, by another launcher"
 
 
 def _failed_rows(run: PlannedRun) -> list[dict[str, Any]]:
