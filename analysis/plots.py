@@ -67,7 +67,12 @@ STYLE: dict[Any, Any] = {
 
 def arm_name(arm: str) -> str:
     """An arm in words, or its own name if it has none."""
-    return ARM_NAMES.get(arm, arm)
+    return ARM_NAMES.get(arm, as_written(arm))
+
+
+def as_written(text: object) -> str:
+    """A word of the data as a label: matplotlib takes what stands between dollars for a formula."""
+    return str(text).replace("$", r"\$")
 
 
 def _arm_styles(arms: list[str]) -> dict[str, tuple[str, str]]:
@@ -193,7 +198,7 @@ def _label_sizes(axes: Axes, rows: pd.DataFrame) -> None:
     for size, own in rows.groupby("size", sort=False):
         last = own[own["flops"] == own["flops"].max()].sort_values("loss").iloc[0]
         axes.annotate(
-            str(size),
+            as_written(size),
             (last["flops"], last["loss"]),
             xytext=(0, -15),
             ha="center",
@@ -223,7 +228,7 @@ def _draw_references(axes: Axes, references: Mapping[str, float], bits: float | 
         amount = f"{loss * bits:.2f} bits" if bits is not None else f"{loss:.2f} nats"
         axes.axhline(loss, color="#777777", linestyle=":", linewidth=1.2, zorder=1)
         axes.annotate(
-            f"{label} {amount}",
+            f"{as_written(label)} {amount}",
             (1, loss),
             xycoords=("axes fraction", "data"),
             xytext=(-4, 3),

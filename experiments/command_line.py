@@ -4,15 +4,18 @@ The flags live in a FlagValues of their own, not in absl's global one, so that `
 more than once in a process.
 """
 
+import ast
 import difflib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.configs.check import check_keys
+from bitnet_jax.errors import ConfigError, clipped, shown
 from experiments.plan import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -32,8 +35,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     """sweep, dry_run, workdir and config of a command line.
 
     Raises:
-      ConfigError: a missing config file, an unknown flag or key, a value of the wrong type.
+      ConfigError: a missing config file or one that lacks keys, an unknown flag or key, a value of
+        the wrong type, or what no file name can hold.
     """
+    _check_text(argv)
     argv = _with_config(list(argv))
     config = _check_keys(argv)
     values = flags.FlagValues()
@@ -42,13 +47,17 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     try:
-        rest = values(argv)
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's own, on the style of a value's literals
+            rest = values(argv)
+    except (RecursionError, MemoryError) as error:  # Python's parser, of a value's brackets
+        raise ConfigError("a value of the command line is nested too deeply") from error
+    except (flags.Error, AttributeError, KeyError, OSError, TypeError, ValueError) as error:
         raise ConfigError(_explain(error, config)) from error
     if not values.workdir:
         raise ConfigError("workdir='': give a directory, such as results")
     if len(rest) > 1:
-        raise ConfigError(f"{rest[1]!r}: unexpected argument; flags begin with --")
+        raise ConfigError(f"{shown(rest[1])}: unexpected argument; flags begin with --")
     return values
 
 
@@ -62,8 +71,27 @@ def config_path(values: flags.FlagValues) -> str:
     return config_flags.get_config_filename(values["config"])
 
 
+def _check_text(argv: Sequence[str]) -> None:
+    """The command goes into reports and its values into paths: both must be able to hold it. And
+    all of it must be seen: absl has flags of its own, for a file of flags and to ignore some."""
+    for argument in argv[1:]:
+        if re.match("--?(flagfile|undefok)(=|$)", argument):
+            raise ConfigError(f"{shown(argument)}: unknown flag; give every flag itself")
+        if "\0" in argument or not _is_unicode(argument):
+            raise ConfigError(f"{shown(argument)}: an argument must be UTF-8 without NUL")
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # a byte that was no UTF-8 stands there as half of a surrogate pair
+        return False
+    return True
+
+
 def _with_config(argv: list[str]) -> list[str]:
     """`--config FILE` as `--config=FILE`, before its overrides; the default where none is named."""
+    argv = [f"-{a}" if a.startswith("-config") else a for a in argv]  # absl takes one dash as two
     while "--config" in argv[:-1]:
         at = argv.index("--config")
         argv[at : at + 2] = [f"--config={argv[at + 1]}"]
@@ -76,12 +104,13 @@ def _with_config(argv: list[str]) -> list[str]:
 
 def _explain(error: Exception, config: ConfigDict) -> str:
     """absl's message in one line; for a value of the wrong type, what type is right."""
-    text = " ".join(str(error.args[0] if error.args else error).split())
+    said = error if isinstance(error, OSError) or not error.args else error.args[0]
+    text = " ".join(str(said).split())
     wrong = re.match(r"flag --config\.([\w.]+)=(.*?): ", text)
     if not wrong:
-        return text
+        return clipped(text)
     key, value = wrong.groups()
-    return f"config.{key}={value!r}: it must be of type {_type(config, key).__name__}"
+    return f"config.{key}={shown(value)}: it must be of type {_type(config, key).__name__}"
 
 
 def _type(config: ConfigDict, key: str) -> type:
@@ -97,15 +126,38 @@ def _check_keys(argv: list[str]) -> ConfigDict:
     Returns the config before its overrides.
     """
     overrides = [a.removeprefix("--").partition("=") for a in argv if a.startswith("--config")]
-    config: ConfigDict = load_config(next(v for flag, _, v in overrides if flag == "config"))
+    path = next(v for flag, _, v in overrides if flag == "config")
+    config: ConfigDict = load_config(path)
+    try:
+        check_keys(config)
+    except ConfigError as error:
+        raise ConfigError(f"--config={path}: {error}") from error
     known = list(_keys(config))
     for flag, _, value in overrides:
         key = flag.removeprefix("config").lstrip(".")
-        if key and key not in known:
+        if key in known:
+            _check_kind(config, key, value)
+        elif key:
             close = difflib.get_close_matches(key, known, n=1)
             hint = f"did you mean {close[0]}?" if close else "see bitnet_jax/configs/default.py"
-            raise ConfigError(f"config.{key}={value!r}: unknown key; {hint}")
+            raise ConfigError(f"config.{clipped(key)}={shown(value)}: unknown key; {hint}")
     return config
+
+
+def _check_kind(config: ConfigDict, key: str, value: str) -> None:
+    """Meet what absl would take: a dict for a whole section, and one for a tuple, of its keys."""
+    if _type(config, key) is ConfigDict:
+        raise ConfigError(f"config.{key}={shown(value)}: a section; set one of its keys, {key}.KEY")
+    if _type(config, key) is not tuple:
+        return
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            literal = ast.literal_eval(value)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return  # absl's to refuse, or a word
+    if not isinstance(literal, tuple | list | int | float | str):
+        raise ConfigError(f"config.{key}={shown(value)}: it must be of type tuple")
 
 
 def _keys(config: ConfigDict, prefix: str = "") -> Iterator[str]:

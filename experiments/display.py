@@ -17,9 +17,12 @@ from experiments.plan import Plan, PlannedRun
 
 
 def console() -> Console:
-    """Plain and unwrapped where the output is not a terminal."""
-    plain = Console()
-    return plain if plain.is_terminal else Console(width=160, highlight=False)
+    """Plain and unwrapped where the output is not a terminal. Brackets and colons of names and
+    paths are text, not markup."""
+    plain = Console(markup=False, emoji=False)
+    if plain.is_terminal:
+        return plain
+    return Console(width=160, highlight=False, markup=False, emoji=False)
 
 
 def count(number: float) -> str:

@@ -1,6 +1,7 @@
 """How fast this machine trains, for the dry run's times."""
 
 import json
+import math
 import time
 from collections.abc import Iterable
 
@@ -30,9 +31,13 @@ def flops_per_second(plan: Plan) -> tuple[float, str]:
 
 def _measured(plan: Plan) -> Iterable[float]:
     for path in plan.directory.parent.glob("*/runs/*/summary.json"):
-        summary = json.loads(path.read_text())
-        if summary["status"] == "ok" and summary["wall_s"] > 0:
-            yield summary["total_flops"] / summary["wall_s"]
+        try:
+            summary = json.loads(path.read_text())
+            rate = summary["total_flops"] / summary["wall_s"]
+            if summary["status"] == "ok" and 0 < rate < math.inf:
+                yield rate
+        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+            continue  # a damaged summary tells no speed; its own sweep says so
 
 
 def _product_rate(side: int = 1024, repeats: int = 5) -> float:

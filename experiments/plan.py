@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import importlib.util
+import os
 import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -11,12 +12,15 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.configs.resolve import group_size, loop_options, resolve
 from bitnet_jax.data import Corpus
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import ConfigError, clipped, one_line, shown
 from bitnet_jax.spec import RunSpec
 
 EXAMPLE = "sweeps/isoflop.py:size=800k"
+
+
+ONE_A_SWEEP = ("name", "data.source")  # the table and the corpus
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,19 +69,27 @@ def make_plan(
     Raises:
       ConfigError: a run that cannot be, the same run twice, or a key set in both places.
     """
-    directory = workdir / _safe_name(config.name)
+    directory = _readable(workdir) / _safe_name(config.name)
     runs: dict[str, PlannedRun] = {}
     for point in points:
+        if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
+            right = f"a point is a dict of keys, not {shown(point)}"
+            raise ConfigError(f"sweep={config.name!r}: {right}")
         clash = point.keys() & set(overridden)
         if clash:
             key = sorted(clash)[0]
             raise ConfigError(
-                f"{key}={config[key]!r}: the sweep sets this key itself; change the axis under "
-                "config.sweep instead"
+                f"{key}={shown(config[key])}: the sweep sets this key itself; change the axis "
+                "under config.sweep instead"
             )
         run_config = _with(config, point)
         spec = resolve(run_config, corpus)
+        for key in ONE_A_SWEEP:
+            if run_config[key] != config[key]:
+                right = "all runs of a sweep share it; set it outside of the sweep's points"
+                raise ConfigError(f"{key}={shown(run_config[key])}: {right}")
         loop_options(run_config)  # its mistakes, too, are met before anything is written
+        group_size(run_config)
         if spec.run_id in runs:
             raise ConfigError(
                 f"sweep={config.name!r}: {spec.run_id} occurs twice; points must differ"
@@ -89,11 +101,27 @@ def make_plan(
     return Plan(config.name, directory, corpus, tuple(runs.values()))
 
 
+LONGEST_NAME = 200  # bytes; a file system takes 255, of which temporary names need some
+
+
 def _safe_name(name: str) -> str:
     """A single folder's name; it may not lead out of the workdir."""
-    if not name or name != Path(name).name or name.startswith("."):
-        raise ConfigError(f"name={name!r}: it must be a plain folder name, such as 'quickstart'")
+    plain = name.isprintable() and name == Path(name).name and not name.startswith(".")
+    if not name or not plain or len(name.encode()) > LONGEST_NAME:
+        right = "it must be a plain folder name, such as 'quickstart'"
+        raise ConfigError(f"name={shown(name)}: {right}")
     return name
+
+
+def _readable(workdir: Path) -> Path:
+    try:
+        workdir.exists()
+    except OSError as error:  # a path too long, or behind a folder that shuts others out
+        raise ConfigError(
+            f"workdir={shown(str(workdir))}: cannot be read ({error.strerror}); "
+            "give --workdir a writable directory"
+        ) from error
+    return workdir
 
 
 def _with(config: ConfigDict, point: dict[str, Any]) -> ConfigDict:
@@ -102,10 +130,11 @@ def _with(config: ConfigDict, point: dict[str, Any]) -> ConfigDict:
         try:
             copy.update_from_flattened_dict({key: value})
         except KeyError as error:
-            right = "see bitnet_jax/configs/default.py"
-            raise ConfigError(f"{key}={value!r}: the sweep sets an unknown key; {right}") from error
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{key}={value!r}: {first_line(error)}") from error
+            right = "the sweep sets an unknown key; see bitnet_jax/configs/default.py"
+            raise ConfigError(f"{one_line(key)}={shown(value)}: {right}") from error
+        except (AttributeError, OverflowError, TypeError, ValueError) as error:
+            why = clipped(one_line(first_line(error)))
+            raise ConfigError(f"{key}={shown(value)}: {why}") from error
     return copy
 
 
@@ -141,8 +170,10 @@ def load_points(path: str, config: ConfigDict) -> list[dict[str, Any]]:
 
 
 def _load(path: str) -> ModuleType:
-    if not Path(path).is_file() or not path.endswith(".py"):
-        raise ConfigError(f"--config={path}: no such config file; give a path such as {EXAMPLE}")
+    if not path.endswith(".py") or not os.path.isfile(path):
+        raise ConfigError(
+            f"--config={clipped(path)}: no such config file; give a path such as {EXAMPLE}"
+        )
     spec = importlib.util.spec_from_file_location("_config_file", path)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)

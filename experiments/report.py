@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import platform
 import sys
@@ -42,6 +43,8 @@ PROVENANCE = ("git_commit", "jax_version", "device")
 _FEW_POINTS = 20
 _REQUIRED = ("run_id", "size", "precision", "seed", "loss", "loss_stderr", "bits_per_byte",
              "model_bits", "status", *COLUMNS.values(), *PROVENANCE)  # fmt: skip
+
+_NUMBERS = ("seed", "loss", "loss_stderr", "bits_per_byte", "model_bits", *COLUMNS.values())
 
 
 def endpoint_table(frame: pd.DataFrame) -> list[tuple[str, ...]]:
@@ -160,6 +163,15 @@ def verdict(frame: pd.DataFrame, fits: ArmFits) -> list[str]:
     return sentences
 
 
+def _require_numbers(frame: pd.DataFrame) -> None:
+    """AnalysisError names the first column that should hold numbers and has something else."""
+    import pandas as pd
+
+    for column in _NUMBERS:
+        if not (pd.api.types.is_numeric_dtype(frame[column]) or frame[column].isna().all()):
+            raise AnalysisError(f"column {column!r}: it must hold numbers")
+
+
 def _provenance(frame: pd.DataFrame) -> dict[str, str]:
     """All values of each column that says how endpoints were made, and this Python's version."""
     made = {column: ", ".join(sorted(map(str, frame[column].unique()))) for column in PROVENANCE}
@@ -168,7 +180,8 @@ def _provenance(frame: pd.DataFrame) -> dict[str, str]:
 
 def _write_atomically(path: Path, text: str) -> None:
     unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(text, encoding="utf-8")
+    # Half of a surrogate pair, which JSON can spell, is no character.
+    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
     os.replace(unfinished, path)
 
 
@@ -194,9 +207,19 @@ def _remembered(path: Path) -> dict[str, Any]:
         return {}
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AnalysisError(f"{path}: is not JSON; delete it to write a new one") from error
-    return {key: document[key] for key in ("title", "references", "facts") if key in document}
+    told = document if isinstance(document, dict) else {"title": document}
+    told = {key: told[key] for key in ("title", "references", "facts") if key in told}
+    references, facts = told.get("references", {}), told.get("facts", {})
+    if not (
+        isinstance(told.get("title", ""), str)
+        and isinstance(facts, dict)
+        and isinstance(references, dict)
+        and all(isinstance(x, float | int) and math.isfinite(x) for x in references.values())
+    ):
+        raise AnalysisError(f"{path}: is not a report's; delete it to write a new one")
+    return told
 
 
 def _document(frame: pd.DataFrame, fits: ArmFits, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -234,6 +257,7 @@ def write_report(
     sweep_dir = Path(sweep_dir)
     frame = read_table(sweep_dir / "endpoints.parquet")
     require(frame, *_REQUIRED)
+    _require_numbers(frame)
     told: dict[str, Any] = {"title": sweep_dir.name, "references": {}, "facts": {}}
     told |= _remembered(sweep_dir / "fits.json")
     given = {"title": title, "references": references, "facts": facts}

@@ -25,13 +25,14 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import pandas as pd
 from absl import logging as absl_logging
 from rich.console import Console
 from rich.table import Table
 
 from bitnet_jax import data, programs
-from bitnet_jax.errors import ConfigError
+from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
 from experiments import command_line, display, report
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _run(argv)
     except (ConfigError, data.DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
 
 
@@ -74,10 +75,30 @@ def _run(argv: list[str]) -> int:
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
+    _check_memory(plan)
     _make_writable(plan.directory)
     programs.keep_programs(Path(flags.workdir) / "programs")
     command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
     return _train(plan, screen, flags.sweep, command)
+
+
+def _check_memory(plan: Plan) -> None:
+    """Refuse a run that a CPU's memory cannot hold: the system would end the process, not the run.
+
+    The estimate is good to about 2x, so only what takes twice the memory is refused. An
+    accelerator's compiler refuses for itself, and the run is a failed one.
+    """
+    if jax.default_backend() != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
+        return
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    for run in plan.runs:
+        need = display.run_memory(run)
+        if not run.finished and need > 2 * memory:
+            raise ConfigError(
+                f"{run.spec.run_id}: a step takes about {need / 1e9:.3g} GB, where this machine "
+                f"has {memory / 1e9:.3g} GB; take a smaller model.size, raise train.microbatches "
+                "or set model.remat"
+            )
 
 
 def _make_writable(directory: Path) -> None:

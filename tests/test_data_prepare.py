@@ -146,7 +146,8 @@ def test_bad_fraction(tmp_path, text, fraction):
         (lambda out: (out / "valid_documents.npy").unlink(), "missing"),
         (lambda out: (out / "manifest.json").write_text("{"), "not JSON"),
         (lambda out: edit_manifest(out, schema=99), "schema 99"),
-        (lambda out: edit_manifest(out, vocab_size=300), "should be uint16"),
+        (lambda out: edit_manifest(out, vocab_size=300), "vocab_size is 300, not 256"),
+        (lambda out: edit_manifest(out, dtype="uint16"), "should be uint8"),
         (lambda out: (out / "manifest.json").unlink(), "not a prepared corpus"),
     ],
 )

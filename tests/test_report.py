@@ -2,6 +2,7 @@
 
 import json
 import re
+from html.parser import HTMLParser
 
 import numpy as np
 import pandas as pd
@@ -148,3 +149,140 @@ def test_user_mistakes(tmp_path, capsys):
     endpoints().to_parquet(tmp_path / "endpoints.parquet")
     assert main([str(tmp_path)]) == 2
     assert "is not JSON" in capsys.readouterr().err
+
+
+# Hostile words
+
+
+HOSTILE = [
+    "<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "' onmouseover='alert(1)",
+    "</style><script>", "&lt;b&gt;", "<!--", "]]>", "javascript:alert(1)", "$\\frac{$", "$x$ $y",
+    "$$", "[/x]", "a\nb", "a\0b", "", "_hidden", "{0}", "%s", "../../x", "x" * 300, "\u202e",
+]  # fmt: skip
+TEXT_COLUMNS = ["run_id", "sweep", "size", "precision", "device", "jax_version", "git_commit",
+                "schedule", "tag_<b>"]  # fmt: skip
+
+
+class Page(HTMLParser):
+    """Elements and attributes of a page, and its text."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.elements, self.attributes, self.text = set(), set(), ""
+        self.feed(html)
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.add(tag)
+        self.attributes |= {name for name, _ in attrs}
+
+    def handle_data(self, data):
+        self.text += data
+
+
+def hostile_table():
+    """Every word in every column of text somewhere, and most rows still good for a fit."""
+    table = endpoints(seeds=2).assign(**{"tag_<b>": "x"})
+    for i, column in enumerate(TEXT_COLUMNS):
+        words = [HOSTILE[(i + row) % len(HOSTILE)] for row in range(len(table))]
+        table[column] = words if column != "precision" else table["precision"]
+    table["run_id"] += table.index.astype(str)
+    lost = table.iloc[: len(HOSTILE)].assign(
+        status=HOSTILE, loss=np.nan, loss_stderr=np.nan, bits_per_byte=np.nan
+    )
+    lost["run_id"] += "lost"
+    return pd.concat([table, lost], ignore_index=True)
+
+
+def check_page(html, words):
+    page = Page(html)
+    assert page.elements <= {
+        "html", "head", "meta", "title", "style", "body", "h1", "h2", "p", "div", "table", "tr",
+        "th", "td", "figure", "figcaption", "img", "ul", "li", "dl", "dt", "dd",
+    }  # fmt: skip
+    assert page.attributes <= {"lang", "charset", "name", "content", "class", "alt", "src"}
+    for word in words:
+        assert word in page.text
+    assert not re.search(r"<link|@import|url\(|<iframe", html)
+    assert all(s.startswith("data:image/svg+xml") for s in re.findall(r'src="([^"]*)"', html))
+
+
+def test_words_of_the_table_are_text(tmp_path):
+    """No word makes an element or an attribute; all of them can be read on the page."""
+    hostile_table().to_parquet(tmp_path / "endpoints.parquet")
+    paths = write_report(
+        tmp_path,
+        title=HOSTILE[0],
+        references={word: 2.0 + i / 100 for i, word in enumerate(HOSTILE)},
+        facts={"corpus": "<b>name</b>", **{word: word for word in HOSTILE}},
+    )
+    html = paths["report"].read_text()
+    check_page(html, [w for w in HOSTILE if w not in ("a\nb", "")])
+    for figure in (tmp_path / "figures").glob("*.svg"):
+        assert "<script" not in figure.read_text() and "onerror=" not in figure.read_text()
+    assert {p.name for p in tmp_path.iterdir()} == {
+        "endpoints.parquet", "fits.json", "report.html", "figures",
+    }  # fmt: skip
+    assert main([str(tmp_path)]) == 0, "and again, from its own fits.json"
+    assert paths["report"].read_text() == html
+
+
+@pytest.mark.parametrize("word", ["$\\frac{$", "$x$ $y", "<script>", "_a", "\\", "a\0b"])
+def test_an_arm_of_any_name_is_drawn(tmp_path, word):
+    """Dollars were mathematics to matplotlib, and what is none was an error."""
+    table = endpoints()
+    table["precision"] = table["precision"].replace("ternary", word)
+    table.to_parquet(tmp_path / "endpoints.parquet")
+    paths = write_report(tmp_path)
+    check_page(paths["report"].read_text(), [word])
+    assert paths["loss_vs_compute"].stat().st_size > 1000
+
+
+def test_dollars_are_drawn_as_dollars():
+    from matplotlib.figure import Figure
+    from matplotlib.textpath import TextPath
+
+    from analysis.plots import as_written
+
+    text = Figure().text(0, 0, as_written("$\\frac{$"))
+    assert text._preprocess_math(text.get_text()) == ("$\\frac{$", False)
+    assert len(TextPath((0, 0), as_written("$")).vertices) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        ("[]", "not a report's"),
+        ("3", "not a report's"),
+        ('{"title": 3}', "not a report's"),
+        ('{"facts": "x"}', "not a report's"),
+        ('{"references": {"a": "b"}}', "not a report's"),
+        ('{"references": {"a": NaN}}', "not a report's"),
+        ('{"references": [1]}', "not a report's"),
+        ("[" * 100_000, "is not JSON"),
+        ("\ufeff{}", "is not JSON"),
+    ],
+)
+def test_fits_of_another_kind(tmp_path, capsys, text, right):
+    endpoints().to_parquet(tmp_path / "endpoints.parquet")
+    (tmp_path / "fits.json").write_text(text, encoding="utf-8")
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert right in error and error.count("\n") == 1
+    assert (tmp_path / "fits.json").read_text(encoding="utf-8") == text
+
+
+def test_half_a_character_among_the_facts(tmp_path):
+    """JSON can spell it, UTF-8 cannot."""
+    endpoints().to_parquet(tmp_path / "endpoints.parquet")
+    (tmp_path / "fits.json").write_text('{"title": "a\\ud800", "facts": {"b": "\\udfff"}}')
+    assert main([str(tmp_path)]) == 0
+    assert "a\\ud800" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize("column", ["loss", "tokens", "seed", "flops", "model_bits"])
+def test_words_among_the_numbers(tmp_path, capsys, column):
+    table = endpoints()
+    table[column] = table[column].astype(str)
+    table.to_parquet(tmp_path / "endpoints.parquet")
+    assert main([str(tmp_path)]) == 2
+    assert capsys.readouterr().err == f"error: column '{column}': it must hold numbers\n"

@@ -5,15 +5,17 @@ Each failure is a ConfigError of one line that names the key, its value and what
 
 import dataclasses
 import hashlib
-import math
 import os
+from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from bitnet_jax import cost, ladder
 from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.configs import arms
+from bitnet_jax.configs.check import check_keys
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import choose, require
 from bitnet_jax.initializers import INITIALIZERS
@@ -38,7 +40,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
     Raises:
       ConfigError: a value that cannot work, or two that cannot work together.
     """
-    _check_finite(config)
+    check_keys(config)
     model = _model(config, corpus.vocab_size)
     precision = arms.resolve_precision(config, model)
     _check_attention(model, precision)
@@ -110,9 +112,19 @@ def loop_options(config: ConfigDict) -> LoopOptions:
     )
     resident = config.launch.resident_bytes
     require(resident >= 0, "launch.resident_bytes", resident, "it must not be negative")
+    dispatch = _launch(config, "dispatch", on_cpu=1, elsewhere=16)
+    right = "it must be at most 65536: a call has room for so many steps, taken or not"
+    require(dispatch <= 2**16, "launch.dispatch", dispatch, right)
     modes = (None, "online", "offline", "disabled")
     wandb = config.tracking.wandb
     require(wandb in modes, "tracking.wandb", wandb, "choose from online, offline, disabled")
+    project = config.tracking.project
+    require(
+        0 < len(project) <= 128 and project.isprintable() and not set(project) & set("/\\#?%:"),
+        "tracking.project",
+        project,
+        "a name of 1 to 128 characters without / \\ # ? % :, as Weights & Biases demands",
+    )
     return LoopOptions(
         log_every=config.log.every,
         eval_every=config.eval.every,
@@ -121,7 +133,7 @@ def loop_options(config: ConfigDict) -> LoopOptions:
         log_layers=config.log.layers,
         gradient_sample=config.log.gradient_sample,
         keep_model=config.checkpoint.keep_model,
-        dispatch=_launch(config, "dispatch", on_cpu=1, elsewhere=16),
+        dispatch=dispatch,
         resident_bytes=config.launch.resident_bytes,
         wandb_mode=wandb,
         wandb_project=config.tracking.project,
@@ -152,15 +164,6 @@ def _launch(config: ConfigDict, name: str, on_cpu: int, elsewhere: int) -> int:
         return on_cpu if jax.default_backend() == "cpu" else elsewhere
     require(value >= 1, f"launch.{name}", value, "it must be at least 1")
     return value
-
-
-def _check_finite(config: ConfigDict, prefix: str = "") -> None:
-    """No number of a config may be infinite; NaN fails the bounds of each key."""
-    for key, value in config.items():
-        if isinstance(value, ConfigDict):
-            _check_finite(value, f"{prefix}{key}.")
-        elif isinstance(value, float):
-            require(not math.isinf(value), prefix + key, value, "it must be finite")
 
 
 SHAPE_KEYS = ladder.Shape._fields
@@ -195,7 +198,7 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
     choose("model.attention", m.attention, IMPLEMENTATIONS)
     require(m.norm_epsilon > 0, "model.norm_epsilon", m.norm_epsilon, "it must be positive")
     require(m.rope_theta > 1, "model.rope_theta", m.rope_theta, "it must be above 1")
-    return TransformerConfig(
+    model = TransformerConfig(
         vocab_size=vocab_size,
         activation=m.activation,
         gated=m.gated,
@@ -208,6 +211,20 @@ def _model(config: ConfigDict, vocab_size: int) -> TransformerConfig:
         attention=m.attention,
         **shape,
     )
+    _check_size(model)
+    return model
+
+
+MOST_PARAMETERS = 10**13
+
+
+def _check_size(model: TransformerConfig) -> None:
+    """Refuse a slip of some zeros, before its sizes overflow what shows them."""
+    parameters = cost.count_parameters(model).total
+    if parameters > MOST_PARAMETERS:
+        key = max(SHAPE_KEYS, key=lambda key: getattr(model, key))
+        right = f"the model has {parameters:.0e} parameters; at most {MOST_PARAMETERS:.0e}"
+        require(False, f"model.{key}", getattr(model, key), right)
 
 
 def _check_attention(model: TransformerConfig, precision: Precision) -> None:
@@ -230,6 +247,7 @@ def _batch_size(config: ConfigDict) -> int:
         tokens,
         f"it must be a multiple of data.sequence_length={length}",
     )
+    require(tokens < 2**31, "train.batch_tokens", tokens, "it must lie below 2^31")
     parts = config.train.microbatches
     require(
         parts >= 1 and tokens // length % parts == 0,
@@ -249,8 +267,9 @@ def _rollbacks(config: ConfigDict) -> int:
 def _ends(config: ConfigDict) -> tuple[int, ...]:
     """Optimizer steps of the endpoints: each budget to the nearest whole batch."""
     budgets = config.train.tokens
-    numbers = all(isinstance(b, int | float) and float(b).is_integer() and b > 0 for b in budgets)
+    numbers = all(_is_count(b) for b in budgets)
     require(len(budgets) > 0 and numbers, "train.tokens", budgets, "positive whole numbers")
+    require(budgets[-1] < 2**63, "train.tokens", budgets, "a budget must lie below 2^63")
     require(
         list(budgets) == sorted(set(budgets)), "train.tokens", budgets, "budgets must be increasing"
     )
@@ -261,7 +280,20 @@ def _ends(config: ConfigDict) -> tuple[int, ...]:
         budgets,
         f"each must hold a further batch of {config.train.batch_tokens} tokens",
     )
+    require(
+        ends[-1] < 2**31,
+        "train.tokens",
+        budgets,
+        f"{ends[-1]:.1e} steps; at most 2^31, so give train.batch_tokens more than "
+        f"{config.train.batch_tokens}",
+    )
     return ends
+
+
+def _is_count(value: Any) -> bool:
+    """Whether a value is a positive whole number; 1e6 is one, and True is none."""
+    whole = isinstance(value, int) or (isinstance(value, float) and value.is_integer())
+    return whole and not isinstance(value, bool) and value > 0
 
 
 def _schedule(config: ConfigDict, ends: tuple[int, ...]) -> Schedule:
@@ -304,7 +336,8 @@ def _optimizer(config: ConfigDict) -> OptimizerConfig:
     choose("optim.name", o.name, OPTIMIZERS)
     choose("optim.latents", o.latents, LATENTS)
     for key in ("b1", "b2"):
-        require(0 <= o[key] < 1, f"optim.{key}", o[key], "it must lie in [0, 1)")
+        right = "it must lie in [0, 1), in float32"
+        require(o[key] >= 0 and float(np.float32(o[key])) < 1, f"optim.{key}", o[key], right)
     for key in ("epsilon", "clip_norm", "bop_ratio", "bop_threshold"):
         require(o[key] > 0, f"optim.{key}", o[key], "it must be positive")
     require(

@@ -13,6 +13,7 @@ from bitnet_jax.data.corpus import SPLITS, load
 from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.prepare import prepare
 from bitnet_jax.data.tokenizers import train_tokenizer
+from bitnet_jax.errors import one_line
 
 _DESCRIPTION = "Prepares text for training, and tells what was prepared."
 _SOURCE_HELP = (
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         arguments.run(arguments)
     except (DataError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 
 from bitnet_jax.data import corpus, synthetic, wikitext
@@ -10,6 +11,7 @@ from bitnet_jax.data.errors import DataError
 from bitnet_jax.data.prepare import build
 from bitnet_jax.data.tokenizers import ByteTokenizer
 
+_LONGEST = 300  # characters of a name that an error quotes
 BUILT_IN = (wikitext.NAME, synthetic.NAME)
 
 _logger = logging.getLogger(__name__)
@@ -27,14 +29,16 @@ def resolve(name_or_path: str | Path, cache_dir: Path | None = None) -> Path:
     if name in BUILT_IN:
         return _built_in(name, cache_dir or wikitext.cache_dir())
     path = Path(name)
-    if path.is_file():
+    # os.path's answer of a name that is too long, or behind a closed folder, is no; pathlib raises.
+    if os.path.isfile(path):
         raise DataError(
             f"data {name!r}: a file, not a prepared corpus: run "
             f"`python -m bitnet_jax.data prepare --source={name} --tokenizer=bytes --out=DIR`"
         )
-    if not (path / "manifest.json").is_file():
+    if not os.path.isfile(path / "manifest.json"):
+        shown = repr(name) if len(name) <= _LONGEST else f"{name[:_LONGEST]!r}..."
         raise DataError(
-            f"data {name!r}: neither a built-in corpus ({', '.join(BUILT_IN)}) nor a directory "
+            f"data {shown}: neither a built-in corpus ({', '.join(BUILT_IN)}) nor a directory "
             "made by `python -m bitnet_jax.data prepare`"
         )
     return path

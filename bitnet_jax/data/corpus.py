@@ -28,6 +28,8 @@ from bitnet_jax.data.errors import DataError
 
 SCHEMA = 1
 SPLITS = ("train", "valid")
+_READ_AT_MOST = 1 << 32  # bytes of a token file
+_READ_AT_ONCE = 1 << 20  # tokens
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,9 @@ class Corpus:
 def load(path: str | Path) -> Corpus:
     """Opens a prepared corpus.
 
+    Token files of up to 4 GiB are read once, to see that they are what the manifest says (some
+    seconds for the largest); of larger ones only the length is.
+
     Raises:
       DataError: no manifest, one of another schema, or files that do not agree with it.
     """
@@ -59,10 +64,13 @@ def load(path: str | Path) -> Corpus:
     dtype = token_dtype(manifest["vocab_size"])
     if dtype.name != manifest["dtype"]:
         raise DataError(
-            f"{path}: dtype {manifest['dtype']} does not fit vocab_size={manifest['vocab_size']}: "
-            f"it should be {dtype.name}"
+            f"{path}: dtype {manifest['dtype']!r} does not fit "
+            f"vocab_size={manifest['vocab_size']}: it should be {dtype.name}"
         )
     tokens = {split: _map_tokens(path, split, manifest, dtype) for split in SPLITS}
+    for split in SPLITS:
+        if tokens[split].nbytes <= _READ_AT_MOST:
+            _verify(path / f"{split}.bin", tokens[split], manifest, split)
     return Corpus(
         name=manifest["name"],
         vocab_size=manifest["vocab_size"],
@@ -85,18 +93,73 @@ def token_dtype(vocab_size: int) -> np.dtype:
 def _read_manifest(path: Path) -> dict[str, Any]:
     file = path / "manifest.json"
     try:
-        manifest = json.loads(file.read_text())
-    except FileNotFoundError as error:
+        manifest = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse)
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise DataError(f"{path}: not a prepared corpus: it has no manifest.json") from error
-    except ValueError as error:
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{file}: not JSON: prepare the corpus again") from error
     schema = manifest.get("schema") if isinstance(manifest, dict) else None
     if schema != SCHEMA:
-        raise DataError(f"{file}: schema {schema}, this version reads {SCHEMA}: prepare it again")
-    needed = {"name", "vocab_size", "dtype", "splits"} - manifest.keys()
+        raise DataError(
+            f"{file}: schema {schema!r:.40}, this version reads {SCHEMA}: prepare it again"
+        )
+    needed = {"name", "tokenizer", "vocab_size", "dtype", "splits"} - manifest.keys()
     if needed:
         raise DataError(f"{file}: lacks {', '.join(sorted(needed))}: prepare the corpus again")
+    for key, value, right in _oddities(manifest):
+        raise DataError(f"{file}: {key} is {value!r:.80}, not {right}: prepare the corpus again")
     return manifest
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is no JSON")
+
+
+def _oddities(manifest: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Entries of a manifest that are not what they should be: name, value, and what is right."""
+
+    def is_count(value: Any, least: int, most: int = 2**63) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and least <= value < most
+
+    def is_word(value: Any) -> bool:
+        return isinstance(value, str) and value.isprintable() and value != ""
+
+    if not is_word(manifest["name"]):
+        yield "name", manifest["name"], "a word"
+    tokenizer = manifest["tokenizer"]
+    if not (isinstance(tokenizer, dict) and is_word(tokenizer.get("name"))):
+        yield "tokenizer", tokenizer, "an object with a name"
+    if not is_count(manifest["vocab_size"], 1, 2**32 + 1):
+        yield "vocab_size", manifest["vocab_size"], "a whole number up to 2^32"
+    entropy = manifest.get("entropy_rate_nats", 0.0)
+    if not (isinstance(entropy, float | int) and 0 <= entropy < 100):
+        yield "entropy_rate_nats", entropy, "a number of nats"
+    splits = manifest["splits"]
+    if not (isinstance(splits, dict) and all(isinstance(splits.get(s), dict) for s in SPLITS)):
+        yield "splits", splits, f"an object of {' and '.join(SPLITS)}"
+    for split in SPLITS:
+        for key, least in (("tokens", 0), ("bytes", 1), ("documents", 0)):
+            if not is_count(splits[split].get(key), least):
+                yield f"splits.{split}.{key}", splits[split].get(key), "a count"
+        digest = splits[split].get("sha256")
+        if not (isinstance(digest, str) and len(digest) == 64):
+            yield f"splits.{split}.sha256", digest, "a SHA-256"
+    if tokenizer["name"] == "bytes":
+        yield from _odd_bytes(manifest)
+
+
+def _odd_bytes(manifest: dict[str, Any]) -> Iterator[tuple[str, Any, str]]:
+    """Where a token is a byte, its counts follow from one another."""
+    if manifest["vocab_size"] != 256:
+        yield "vocab_size", manifest["vocab_size"], "256, that of bytes"
+    for split in SPLITS:
+        counts = manifest["splits"][split]
+        separators = counts["tokens"] - counts["bytes"]
+        if counts["tokens"] and not 0 <= separators < max(1, counts["documents"]):
+            right = "that of its tokens, without those between documents"
+            yield f"splits.{split}.bytes", counts["bytes"], right
 
 
 def _map_tokens(path: Path, split: str, manifest: dict[str, Any], dtype: np.dtype) -> np.ndarray:
@@ -111,18 +174,54 @@ def _map_tokens(path: Path, split: str, manifest: dict[str, Any], dtype: np.dtyp
             f"{file}: {size} bytes, where {tokens} tokens of {dtype.name} take {expected}: "
             "prepare the corpus again"
         )
-    return np.memmap(file, dtype, mode="r")
+    try:
+        return np.memmap(file, dtype, mode="r")
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from error
+
+
+def _verify(file: Path, tokens: np.ndarray, manifest: dict[str, Any], split: str) -> None:
+    """An id beyond the vocabulary would be read from another's embedding, and a damaged file would
+    train under the name of the whole one: a run's identity is the manifest's digests."""
+    digest, highest = hashlib.sha256(), 0
+    for start in range(0, len(tokens), _READ_AT_ONCE):
+        part = np.asarray(tokens[start : start + _READ_AT_ONCE])
+        digest.update(part.tobytes())
+        highest = max(highest, int(part.max()))
+    if highest >= manifest["vocab_size"]:
+        raise DataError(
+            f"{file}: has the token id {highest}, not below vocab_size={manifest['vocab_size']}: "
+            "prepare the corpus again"
+        )
+    if digest.hexdigest() != manifest["splits"][split]["sha256"]:
+        raise DataError(f"{file}: damaged, its SHA-256 is another: prepare the corpus again")
 
 
 def _load_documents(path: Path, split: str, manifest: dict[str, Any]) -> np.ndarray:
     file = path / f"{split}_documents.npy"
-    expected = manifest["splits"][split]["documents"]
+    expected, tokens = (manifest["splits"][split][key] for key in ("documents", "tokens"))
+    if not file.is_file():
+        raise DataError(f"{file}: missing or damaged: prepare the corpus again")
     try:
-        starts = np.load(file)
-    except (OSError, ValueError) as error:
+        # Mapped, so that a header that promises more than the file has takes no memory.
+        starts = np.load(file, mmap_mode="r", allow_pickle=False)
+    except Exception as error:  # NumPy evaluates the header, and raises what that raises
         raise DataError(f"{file}: missing or damaged: prepare the corpus again") from error
+    if not isinstance(starts, np.ndarray) or starts.dtype != np.int64 or starts.ndim != 1:
+        raise DataError(f"{file}: not a row of int64: prepare the corpus again")
     if len(starts) != expected:
         raise DataError(f"{file}: {len(starts)} documents, where the manifest says {expected}")
+    starts = np.array(starts)
+    # An empty document begins where the next one does.
+    ordered = len(starts) and starts[0] == 0 and (np.diff(starts) >= 0).all()
+    if not ordered or starts[-1] > tokens:
+        raise DataError(
+            f"{file}: not the ascending starts of documents in {tokens} tokens: prepare the corpus "
+            "again"
+        )
+    digest = manifest["splits"][split].get("documents_sha256")  # older corpora have none
+    if digest not in (None, hashlib.sha256(starts.astype("<i8").tobytes()).hexdigest()):
+        raise DataError(f"{file}: damaged, its SHA-256 is another: prepare the corpus again")
     return starts
 
 
@@ -165,12 +264,14 @@ class SplitWriter:
 
     def finish(self) -> dict[str, Any]:
         self.close()
-        np.save(f"{self._stem}_documents.npy", np.array(self._starts, np.int64))
+        starts = np.array(self._starts, "<i8")
+        np.save(f"{self._stem}_documents.npy", starts)
         return {
             "tokens": self.tokens,
             "bytes": self.bytes,
             "documents": self.documents,
             "sha256": self._hash.hexdigest(),
+            "documents_sha256": hashlib.sha256(starts.tobytes()).hexdigest(),
         }
 
 

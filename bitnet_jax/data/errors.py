@@ -8,4 +8,5 @@ class DataError(ValueError):
 def one_line(error: BaseException) -> str:
     """The first line of what another library's exception says, to quote in a `DataError`."""
     lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+    text = lines[0][:300] if lines else type(error).__name__
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

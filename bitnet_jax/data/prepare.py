@@ -76,11 +76,16 @@ def build(
     _check_disjoint(train, valid)
     if not valid and not 0 < valid_fraction < 1:
         raise DataError(f"valid_fraction={valid_fraction}: must lie between 0 and 1")
+    if not -(2**63) <= seed < 2**63:  # it is a hash's key, of at most 64 bytes
+        raise DataError("seed: a whole number of 64 bits")
+    name = out.resolve().name
+    if not name or not name.isprintable():
+        raise DataError(f"out {str(out)!r}: name a directory; its name is the corpus's")
     files = [("train", source) for source in train] + [("valid", source) for source in valid]
     # What is known beforehand, and makes two corpora the same.
     request = {
         "schema": corpus.SCHEMA,
-        "name": out.resolve().name,
+        "name": name,
         "tokenizer": {"name": encoder.name, "sha256": encoder.sha256},
         "vocab_size": encoder.vocab_size,
         "dtype": corpus.token_dtype(encoder.vocab_size).name,

@@ -19,10 +19,12 @@ import glob
 import gzip
 import hashlib
 import io
+import itertools
 import json
 import lzma
+import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +38,8 @@ INSTALL_EXTRA = "pip install 'bitnet_jax[data]'"
 _TEXT_SUFFIXES = tuple(
     kind + packing for kind in (".txt", ".jsonl") for packing in ("", ".gz", ".xz", ".zst")
 )
+_LONGEST_DOCUMENT = 1 << 30  # bytes
+_PACKED_BYTES = 1 << 10  # decompressed at once; zstd can unfold each into some 30,000
 _SUFFIXES = (*_TEXT_SUFFIXES, ".parquet")
 
 
@@ -89,9 +93,9 @@ def sha256_of(path: Path) -> str:
 
 def _expand(name: str) -> list[Path]:
     path = Path(name)
-    if path.is_dir():
+    if os.path.isdir(path):  # pathlib raises where a name is too long
         found = sorted(p for p in path.iterdir() if p.name.endswith(_SUFFIXES))
-    elif path.exists():
+    elif os.path.exists(path):
         found = [path]
     else:
         found = sorted(Path(match) for match in glob.glob(name, recursive=True))
@@ -99,6 +103,9 @@ def _expand(name: str) -> list[Path]:
             raise DataError(f"source {name!r}: no such file, directory or match of a glob")
     if not found:
         raise DataError(f"source {name!r}: the directory has no file {', '.join(_SUFFIXES)}")
+    for file in found:
+        if not file.is_file():  # a pipe would be waited for
+            raise DataError(f"source {file}: not a regular file")
     for file in found:
         if not file.name.endswith(_SUFFIXES):
             raise DataError(
@@ -126,14 +133,25 @@ def _read_file(path: Path, text_field: str) -> Iterator[Document]:
 
 def _read_text(path: Path) -> Iterator[Document]:
     lines: list[bytes] = []
-    first = 1
+    first, size = 1, 0
     for number, line in enumerate(_lines(path), 1):
         if line.rstrip(b"\r\n") == END_OF_TEXT.encode():
             yield _text_document(path, first, lines)
-            lines, first = [], number + 1
+            lines, first, size = [], number + 1, 0
         else:
             lines.append(line)
+            size += len(line)
+            _check_length(f"{path}, line {first}", size)
     yield _text_document(path, first, lines)
+
+
+def _check_length(where: str, size: int) -> None:
+    """A document is held in memory: a small packed file may not unfold into all of it."""
+    if size > _LONGEST_DOCUMENT:
+        raise DataError(
+            f"{where}: a document of more than {_LONGEST_DOCUMENT:,} bytes; separate documents by "
+            f"lines {END_OF_TEXT} in .txt, or give each a line of .jsonl"
+        )
 
 
 def _text_document(path: Path, first: int, lines: list[bytes]) -> Document:
@@ -153,8 +171,12 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        _check_length(where, len(line))
         try:
-            row = json.loads(line)
+            # Given bytes, json.loads takes UTF-16, too, and halves of characters.
+            row = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))
+        except RecursionError as error:
+            raise DataError(f"{where}: not JSON: it is nested too deeply") from error
         except ValueError as error:  # JSONDecodeError and UnicodeDecodeError are both of this kind
             raise DataError(f"{where}: not JSON: {one_line(error)}") from error
         if not isinstance(row, dict):
@@ -164,7 +186,8 @@ def _read_jsonl(path: Path, text_field: str) -> Iterator[Document]:
 
 def _field_document(row: dict[str, Any], text_field: str, where: str) -> Document:
     if text_field not in row:
-        raise DataError(f"{where}: no field {text_field!r}; it has {', '.join(map(repr, row))}")
+        have = ", ".join(map(repr, itertools.islice(row, 20)))
+        raise DataError(f"{where}: no field {text_field!r}; it has {have:.300}")
     text = row[text_field]
     if not isinstance(text, str):
         raise DataError(f"{where}: field {text_field!r} is {type(text).__name__}, not a string")
@@ -181,16 +204,21 @@ def _read_parquet(path: Path, text_field: str) -> Iterator[Document]:
     except ImportError as error:
         raise DataError(f"{path}: .parquet needs pyarrow: {INSTALL_EXTRA}") from error
     try:
-        file = pyarrow.parquet.ParquetFile(path)
+        file = pyarrow.parquet.ParquetFile(path, page_checksum_verification=True)
         columns = file.schema_arrow.names
         if text_field not in columns:
-            raise DataError(f"{path}: no column {text_field!r}; it has {', '.join(columns)}")
+            have = ", ".join(columns).encode("unicode_escape").decode()
+            raise DataError(f"{path}: no column {text_field!r}; it has {have:.300}")
         number = 0
         for batch in file.iter_batches(batch_size=1024, columns=[text_field]):
-            for row in batch.to_pylist():
+            for text in batch.column(text_field):
                 number += 1
+                row = {text_field: text.as_py()}
                 yield _field_document(row, text_field, f"{path}, row {number}")
-    except (pyarrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    # A ValueError where text is not UTF-8, a KeyError where two columns have the name.
+    except (pyarrow.ArrowException, OSError, ValueError, KeyError, MemoryError) as error:
         raise DataError(f"{path}: cannot be read as Parquet: {one_line(error)}") from error
 
 
@@ -224,12 +252,14 @@ def _lines(path: Path) -> Iterator[bytes]:
     try:
         with contextlib.ExitStack() as stack:
             file = stack.enter_context(open(path, "rb"))
-            yield from stack.enter_context(_decompressed(path, file))
-    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile) as error:
+            unpacked = stack.enter_context(_decompressed(path, file))
+            # One more than is allowed, for the reader to see that it is too long.
+            yield from iter(lambda: unpacked.readline(_LONGEST_DOCUMENT + 1), b"")
+    except (EOFError, lzma.LZMAError, zlib.error, gzip.BadGzipFile, MemoryError) as error:
         raise DataError(f"{path}: cannot be decompressed: {one_line(error)}") from error
 
 
-def _decompressed(path: Path, file: IO[bytes]) -> AbstractContextManager[Iterable[bytes]]:
+def _decompressed(path: Path, file: IO[bytes]) -> AbstractContextManager[Any]:
     match path.suffix:
         case ".gz":
             return gzip.open(file)
@@ -259,7 +289,7 @@ class _ZstdReader(io.RawIOBase):
 
     def readinto(self, buffer: Any) -> int:
         while not self._output:
-            packed = self._unread or self._file.read(1 << 16)
+            packed = self._unread or self._file.read(_PACKED_BYTES)
             if not packed:
                 if self._frame is not None:
                     raise EOFError("the file ends inside a zstd frame")

