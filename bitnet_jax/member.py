@@ -7,8 +7,9 @@ from typing import Any
 import numpy as np
 
 from bitnet_jax import telemetry, tracking
-from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from bitnet_jax.data import Corpus, train_batches
+from bitnet_jax.files import SCHEMA_VERSION, within, write_json
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.spec import RunSpec
@@ -18,6 +19,9 @@ from bitnet_jax.trajectory import Segment
 # So many non-finite steps in a row end a segment: more than the halvings of a float16 loss scale
 # from 2^15 to 1, so an arm is not called diverged for finding its scale.
 SKIPS_TO_DIVERGE = 25
+
+# What a run writes to as it stands; other files are replaced by new ones.
+WRITTEN_IN_PLACE = ("checkpoints", "metrics.jsonl", "model", "wandb")
 
 # An endpoint's train_loss is the mean over so many last steps of its decay, however it was logged.
 TRAIN_LOSS_STEPS = 50
@@ -73,7 +77,9 @@ class Progress:
 
     window: losses since the last log line. tail: the last TRAIN_LOSS_STEPS of this segment.
     skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
-    metrics_bytes: how much of metrics.jsonl this progress has written.
+    metrics_bytes, metrics_sha256: how much of metrics.jsonl this progress has written, and what.
+    model: the fingerprint of the parameters in `model/`. origins: the distinct values of
+      provenance under which the run has been trained, in order.
     idle: whether the run waits for this segment's end, since it has diverged in it.
     """
 
@@ -88,7 +94,11 @@ class Progress:
     worst_skips: int = 0
     skipped: int = 0
     endpoints: list[dict] = dataclasses.field(default_factory=list)
+    run_id: str = ""
     metrics_bytes: int = 0
+    metrics_sha256: str | None = None
+    model: str | None = None
+    origins: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     wall_s: float = 0.0
     has_stash: bool = False
     idle: bool = False
@@ -104,24 +114,31 @@ class Member:
         self.batches = train_batches(
             corpus.train, self.spec.data.sequence_length, self.spec.batch_size, self.spec.seed_data
         )
-        self.progress = Progress()
+        self.progress = Progress(run_id=self.spec.run_id)
+        within(job.run_dir, *(job.run_dir / name for name in WRITTEN_IN_PLACE))
         job.run_dir.mkdir(parents=True, exist_ok=True)
-        self._origin = tracking.provenance()
-        tracking.write_json(
-            job.run_dir / "config.json",
-            {**self._header, "identity": self.spec.identity(), "config": job.config},
-        )
         self.checkpointer = Checkpointer(job.run_dir / "checkpoints")
 
     @property
+    def _origin(self) -> dict[str, str]:
+        """Provenance; where launches differed in it, all values that there were."""
+        return {key: tracking.JOINED.join(values) for key, values in self.progress.origins.items()}
+
+    @property
     def _header(self) -> dict[str, Any]:
-        header = {"schema_version": tracking.SCHEMA_VERSION, "run_id": self.spec.run_id}
-        return {**header, **self._origin}
+        return {"schema_version": SCHEMA_VERSION, "run_id": self.spec.run_id, **self._origin}
 
     def open(self) -> None:
-        """Open the logs, cut back to what the progress knows of."""
-        path = self.run_dir / "metrics.jsonl"
-        self._log = tracking.MetricsLog(path, keep=self.progress.metrics_bytes)
+        """Write the config, and open the logs, cut back to what the progress knows of."""
+        for key, value in tracking.provenance().items():
+            known = self.progress.origins.setdefault(key, [])
+            if value not in known:
+                known.append(value)
+        document = {**self._header, "identity": self.spec.identity(), "config": self._config}
+        write_json(self.run_dir / "config.json", document)
+        self._log = tracking.MetricsLog(
+            self.run_dir / "metrics.jsonl", self.spec.run_id, keep=self.progress.metrics_bytes
+        )
         self._wandb = tracking.Wandb(
             self.options.wandb_mode,
             self.options.wandb_project,
@@ -236,14 +253,35 @@ class Member:
         )
 
     def restore(self, tick: int, like: TrainState) -> tuple[TrainState, TrainState | None]:
-        """The state of a checkpoint, and that set aside while a branch decays."""
-        state, stash, progress = self.checkpointer.restore(tick, like)
-        self.progress = Progress(**progress)
+        """The state of a checkpoint, and that set aside while a branch decays.
+
+        Raises:
+          DamagedCheckpoint: it, or the log that it goes on from, is not what was written.
+        """
+        state, stash, saved = self.checkpointer.restore(tick, like)
+        try:
+            # One from before schema version 2 does not say whose it is.
+            progress = Progress(**{"run_id": self.spec.run_id, **saved})
+        except TypeError as error:
+            raise DamagedCheckpoint("progress: it has other keys than this code's") from error
+        if (progress.run_id, progress.tick) != (self.spec.run_id, tick):
+            whose = f"{progress.run_id} at tick {progress.tick}"
+            raise DamagedCheckpoint(f"progress: it is that of {whose}")
+        known, size = progress.metrics_sha256, progress.metrics_bytes
+        if not tracking.log_begins(self.run_dir / "metrics.jsonl", size, known):
+            raise DamagedCheckpoint(f"metrics.jsonl does not begin with the {size} bytes it had")
+        self.progress = progress
         return state, stash
+
+    def forget(self) -> None:
+        """What a checkpoint told that its group cannot go on from."""
+        self.progress = Progress(run_id=self.spec.run_id)
 
     def save(self, state: TrainState, stash: TrainState | None) -> None:
         """A checkpoint of this moment."""
+        self._log.sync()
         self.progress.metrics_bytes = self._log.bytes
+        self.progress.metrics_sha256 = self._log.digest
         self.progress.has_stash = stash is not None
         progress = dataclasses.asdict(self.progress)
         self.checkpointer.save(self.progress.tick, state, stash, progress)
@@ -258,9 +296,11 @@ class Member:
             "skipped_steps": self.progress.skipped,
             "wall_s": self.progress.wall_s,
             "total_flops": float(self.spec.total_flops),
+            "metrics": {"bytes": self._log.bytes, "sha256": self._log.digest},
+            "model": self.progress.model,
             "endpoints": rows,
         }
-        tracking.write_json(self.run_dir / "summary.json", summary)
+        write_json(self.run_dir / "summary.json", summary)
         return summary
 
     def close(self) -> None:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import math
 import operator
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import programs
-from bitnet_jax.checkpoint import save_model
+from bitnet_jax.checkpoint import DamagedCheckpoint, save_model
 from bitnet_jax.data import Corpus, RowReader, validation_rows
 from bitnet_jax.evaluate import held_out_losses
 from bitnet_jax.gradient_check import estimator_cosine
@@ -114,6 +115,10 @@ def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> R
     return RowReader(corpus.train, spec.data.sequence_length, options.resident_bytes, put)
 
 
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
 class _Loop:
     """A group while it trains. `state` is what the next step starts from, a runs axis leading."""
 
@@ -137,19 +142,40 @@ class _Loop:
             member.open()
 
     def _restore(self) -> None:
-        """Go back to the newest checkpoint that every member has, if there is one."""
+        """Go back to the newest checkpoint that every member has and that is what was saved.
+
+        One that is not is removed, and said so. Where there is none the runs start again.
+        """
+        had = any(member.checkpointer.ticks() for member in self.members)
+        while (tick := self._newest_common()) is not None:
+            found = [self._restored(member, tick) for member in self.members]
+            whole = [pair for pair in found if pair is not None]
+            if len(whole) == self.runs:
+                states, stashes = zip(*whole, strict=True)
+                self.tick, self.state = tick, self._stack(states)
+                self.stash = None if stashes[0] is None else self._stack(stashes)
+                return
+        if had:
+            for member in self.members:
+                member.forget()
+            names = ", ".join(member.spec.run_id for member in self.members)
+            _warn(f"{names}: no checkpoint to go on from: training starts again from step 0")
+
+    def _newest_common(self) -> int | None:
+        """The newest tick at which every member has a checkpoint; what lies beyond is removed."""
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
         for member in self.members:
             member.checkpointer.forget_after(max(common, default=-1))
-        if not common:
-            return
-        self.tick = max(common)
-        like = programs.part(self.state, 0)
-        states, stashes = zip(
-            *(member.restore(self.tick, like) for member in self.members), strict=True
-        )
-        self.state = self._stack(states)
-        self.stash = None if stashes[0] is None else self._stack(stashes)
+        return max(common, default=None)
+
+    def _restored(self, member: Member, tick: int) -> tuple[TrainState, TrainState | None] | None:
+        """A member's states at a tick; None, without a checkpoint there, where it is damaged."""
+        try:
+            return member.restore(tick, programs.part(self.state, 0))
+        except DamagedCheckpoint as error:
+            member.checkpointer.forget(tick)
+            _warn(f"{member.spec.run_id}: tick {tick}: damaged checkpoint removed: {error}")
+            return None
 
     def _stack(self, states: Sequence[TrainState]) -> TrainState:
         return programs.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), self.runs)
@@ -334,7 +360,7 @@ class _Loop:
             member.write("endpoint", segment, segment.end, **values)
             last = segment.end == self.spec.ends[-1]
             if self.options.keep_model and last and loss is not None:
-                save_model(member.run_dir, params)
+                member.progress.model = save_model(member.run_dir, params)
         assert self.stash is not None
         self.state, self.stash = self.stash, None
 
