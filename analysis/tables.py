@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 # This project's convention: N counts every parameter, C is the exact training FLOPs.
 COLUMNS = {"n": "params_non_embedding", "d": "tokens", "c": "flops"}
 
+SCHEMA_VERSION = 2  # the latest of this project's tables that can be read
+
 COUNT_INPUTS = ("n", "d", "c", "u")  # of a law: parameters, tokens, FLOPs, unique tokens
 
 # Nothing that trains has fewer parameters or tokens; nothing that predicts has a loss above it.
@@ -46,7 +48,8 @@ def count_text(value: float) -> str:
 
 
 def read_table(path: str | Path) -> pd.DataFrame:
-    """Read a .csv or .parquet table; AnalysisError if that fails or it has no rows."""
+    """Read a .csv or .parquet table; AnalysisError if that fails, it has no rows, or a
+    later version of this project wrote it."""
     import pandas as pd
 
     path = Path(path)
@@ -61,6 +64,13 @@ def read_table(path: str | Path) -> pd.DataFrame:
         raise AnalysisError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from error
     if frame.empty:
         raise AnalysisError(f"{path}: the table has no rows")
+    if {"run_id", "schema_version"} <= set(frame.columns):  # one of this project's
+        version = pd.to_numeric(frame["schema_version"], errors="coerce").max()
+        if version > SCHEMA_VERSION:
+            raise AnalysisError(
+                f"{path}: schema_version={version:g}: this code reads up to {SCHEMA_VERSION}; use "
+                "the version that wrote it, or a later one"
+            )
     return frame
 
 

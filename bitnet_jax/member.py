@@ -8,9 +8,10 @@ from typing import Any
 import numpy as np
 
 from bitnet_jax import telemetry, tracking
-from bitnet_jax.checkpoint import Checkpointer
+from bitnet_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from bitnet_jax.data import Corpus, train_batches
 from bitnet_jax.disk import Patience, is_full
+from bitnet_jax.files import SCHEMA_VERSION, within, write_json
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.spec import RunSpec
@@ -21,6 +22,9 @@ from bitnet_jax.trajectory import Segment
 # from 2^15 to 1, so an arm is not called diverged for finding its scale. The run goes back to its
 # last anchor (`trajectory.py`) and tries other data, `rollbacks` times at most.
 SKIPS_TO_DIVERGE = 25
+
+# What a run writes to as it stands; other files are replaced by new ones.
+WRITTEN_IN_PLACE = ("checkpoints", "metrics.jsonl", "model", "wandb")
 
 # An endpoint's train_loss is the mean over so many last steps of its decay, however it was logged.
 TRAIN_LOSS_STEPS = 50
@@ -78,7 +82,9 @@ class Progress:
     skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
     finite_losses: whether the losses of these were finite; collapsed: of `worst_skips`, too, where
       the loss is scaled.
-    metrics_bytes: how much of metrics.jsonl this progress has written.
+    metrics_bytes, metrics_sha256: how much of metrics.jsonl this progress has written, and what.
+    model: the fingerprint of the parameters in `model/`. origins: the distinct values of
+      provenance under which the run has been trained, in order.
     idle: whether the run waits for this segment's end, since it has diverged in it.
     microbatches: of a step, more than were asked for where memory ran out; 0 before the first step.
     rollbacks: made so far, of the trunk and all decays. shift, trunk_shift: how often the data has
@@ -99,7 +105,11 @@ class Progress:
     finite_losses: bool = True
     collapsed: bool = False
     endpoints: list[dict] = dataclasses.field(default_factory=list)
+    run_id: str = ""
     metrics_bytes: int = 0
+    metrics_sha256: str | None = None
+    model: str | None = None
+    origins: dict[str, list[str]] = dataclasses.field(default_factory=dict)
     wall_s: float = 0.0
     has_stash: bool = False
     idle: bool = False
@@ -121,27 +131,34 @@ class Member:
         self.batches = train_batches(
             corpus.train, self.spec.data.sequence_length, self.spec.batch_size, self.spec.seed_data
         )
-        self.progress = Progress()
-        self._origin = tracking.provenance()
+        self.progress = Progress(run_id=self.spec.run_id)
         self.checkpointer = patiently(self._prepare)
 
     def _prepare(self) -> Checkpointer:
+        within(self.run_dir, *(self.run_dir / name for name in WRITTEN_IN_PLACE))
         self.run_dir.mkdir(parents=True, exist_ok=True)
-        tracking.write_json(
-            self.run_dir / "config.json",
-            {**self._header, "identity": self.spec.identity(), "config": self._config},
-        )
         return Checkpointer(self.run_dir / "checkpoints")
 
     @property
+    def _origin(self) -> dict[str, str]:
+        """Provenance; where launches differed in it, all values that there were."""
+        return {key: tracking.JOINED.join(values) for key, values in self.progress.origins.items()}
+
+    @property
     def _header(self) -> dict[str, Any]:
-        header = {"schema_version": tracking.SCHEMA_VERSION, "run_id": self.spec.run_id}
-        return {**header, **self._origin}
+        return {"schema_version": SCHEMA_VERSION, "run_id": self.spec.run_id, **self._origin}
 
     def open(self) -> None:
-        """Open the logs, cut back to what the progress knows of."""
-        path = self.run_dir / "metrics.jsonl"
-        self._log = tracking.MetricsLog(path, keep=self.progress.metrics_bytes)
+        """Write the config, and open the logs, cut back to what the progress knows of."""
+        for key, value in tracking.provenance().items():
+            known = self.progress.origins.setdefault(key, [])
+            if value not in known:
+                known.append(value)
+        document = {**self._header, "identity": self.spec.identity(), "config": self._config}
+        write_json(self.run_dir / "config.json", document)
+        self._log = tracking.MetricsLog(
+            self.run_dir / "metrics.jsonl", self.spec.run_id, keep=self.progress.metrics_bytes
+        )
         self._wandb = tracking.Wandb(
             self.options.wandb_mode,
             self.options.wandb_project,
@@ -321,14 +338,35 @@ class Member:
         )
 
     def restore(self, tick: int, like: TrainState) -> tuple[TrainState, TrainState | None]:
-        """The state of a checkpoint, and that set aside while a branch decays."""
-        state, stash, progress = self.checkpointer.restore(tick, like)
-        self.progress = Progress(**progress)
+        """The state of a checkpoint, and that set aside while a branch decays.
+
+        Raises:
+          DamagedCheckpoint: it, or the log that it goes on from, is not what was written.
+        """
+        state, stash, saved = self.checkpointer.restore(tick, like)
+        try:
+            # One from before schema version 2 does not say whose it is.
+            progress = Progress(**{"run_id": self.spec.run_id, **saved})
+        except TypeError as error:
+            raise DamagedCheckpoint("progress: it has other keys than this code's") from error
+        if (progress.run_id, progress.tick) != (self.spec.run_id, tick):
+            whose = f"{progress.run_id} at tick {progress.tick}"
+            raise DamagedCheckpoint(f"progress: it is that of {whose}")
+        known, size = progress.metrics_sha256, progress.metrics_bytes
+        if not tracking.log_begins(self.run_dir / "metrics.jsonl", size, known):
+            raise DamagedCheckpoint(f"metrics.jsonl does not begin with the {size} bytes it had")
+        self.progress = progress
         return state, stash
+
+    def forget(self) -> None:
+        """What a checkpoint told that its group cannot go on from."""
+        self.progress = Progress(run_id=self.spec.run_id)
 
     def save(self, state: TrainState, stash: TrainState | None) -> None:
         """A checkpoint of this moment, written in the background if there is room."""
+        self._patiently(self._log.sync)
         self.progress.metrics_bytes = self._log.bytes
+        self.progress.metrics_sha256 = self._log.digest
         self.progress.has_stash = stash is not None
         moment = self.progress.tick, state, stash, dataclasses.asdict(self.progress)
         self._patiently(lambda: self.checkpointer.save(*moment))
@@ -346,9 +384,11 @@ class Member:
             "microbatches": self.progress.microbatches,
             "wall_s": self.progress.wall_s,
             "total_flops": float(self.spec.total_flops),
+            "metrics": {"bytes": self._log.bytes, "sha256": self._log.digest},
+            "model": self.progress.model,
             "endpoints": rows,
         }
-        tracking.write_json(self.run_dir / "summary.json", summary)
+        write_json(self.run_dir / "summary.json", summary)
         return summary
 
     def close(self) -> None:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from bitnet_jax import cost
+from bitnet_jax.files import SCHEMA_VERSION
 from bitnet_jax.quantize import normal_error
 from bitnet_jax.spec import RunSpec
-from bitnet_jax.tracking import SCHEMA_VERSION
 
 
 def endpoint_row(spec: RunSpec, endpoint: dict[str, Any], provenance: dict[str, str]) -> dict:

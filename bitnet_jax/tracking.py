@@ -7,6 +7,7 @@ the summary and to Weights & Biases.
 
 import contextlib
 import functools
+import hashlib
 import json
 import os
 import platform
@@ -20,56 +21,71 @@ from typing import Any
 
 import jax
 
-SCHEMA_VERSION = 1
+from bitnet_jax.files import SCHEMA_VERSION
+
 WANDB_LINES = 10_000  # that may wait to be sent
 WANDB_SECONDS = 30.0  # that a run waits, at its end, for them
 
-
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file whole or not at all: to a temporary name, then renamed over the old one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(temporary, "w") as file:
-        json.dump(value, file, indent=1, allow_nan=False)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+JOINED = " + "  # between the values of provenance of a run that went on under another
 
 
 class MetricsLog:
     """Appends JSON lines to a file, which is first cut back to what the checkpoint knew of.
 
     After a crash the file may hold lines later than the checkpoint, and half a line: resuming from
-    byte `keep` makes them again, equal.
+    byte `keep` makes them again, equal. The first line, written with the one that follows it, is
+    the header: the schema version, and whose log it is.
     """
 
-    def __init__(self, path: Path, keep: int = 0):
+    def __init__(self, path: Path, run_id: str, keep: int = 0):
         path.touch()
         os.truncate(path, min(keep, path.stat().st_size))  # never padded with NULs
-        self._file = open(path, "ab", buffering=0)
+        kept = path.read_bytes()
+        self._path, self._run_id, self._hash = path, run_id, hashlib.sha256(kept)
+        self._file, self.bytes = open(path, "ab", buffering=0), len(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         """A line, whole or not at all; OSError where there is no room for it."""
-        line, start = (json.dumps(record, allow_nan=False) + "\n").encode(), self.bytes
-        rest = memoryview(line)
+        header = {"kind": "header", "schema_version": SCHEMA_VERSION, "run_id": self._run_id}
+        records = [record] if self.bytes else [header, record]
+        lines = "".join(json.dumps(each, allow_nan=False) + "\n" for each in records).encode()
+        rest = memoryview(lines)
         try:
             while rest:
                 rest = rest[self._file.write(rest) :]
         except OSError:
-            self.cut(start)
+            self._file.truncate(self.bytes)
             raise
+        self._hash.update(lines)
+        self.bytes += len(lines)
 
     @property
-    def bytes(self) -> int:
-        return self._file.tell()
+    def digest(self) -> str:
+        """Of all that it holds."""
+        return self._hash.hexdigest()
+
+    def sync(self) -> None:
+        """What has been written is on disk, whatever happens."""
+        os.fsync(self._file.fileno())
 
     def cut(self, keep: int) -> None:
         """Forget what was written after byte `keep`."""
         self._file.truncate(keep)
-        self._file.seek(keep)
+        self._hash, self.bytes = hashlib.sha256(self._path.read_bytes()), keep
 
     def close(self) -> None:
+        self.sync()
         self._file.close()
+
+
+def log_begins(path: Path, size: int, digest: str | None) -> bool:
+    """Whether a file begins with so many bytes of that SHA-256, or of any where none is given."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(size)
+    except FileNotFoundError:
+        start = b""
+    return len(start) == size and digest in (None, hashlib.sha256(start).hexdigest())
 
 
 class Wandb:

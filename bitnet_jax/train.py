@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bitnet_jax import programs
-from bitnet_jax.checkpoint import save_model
+from bitnet_jax.checkpoint import DamagedCheckpoint, save_model
 from bitnet_jax.data import Corpus, RowReader, validation_rows
 from bitnet_jax.disk import GaveUp, Patience
 from bitnet_jax.evaluate import held_out_losses
@@ -97,11 +97,11 @@ def train_group(
             if more is None and len(jobs) == 1:
                 raise
         if more is None:
-            _tell(f"out of memory: training the {len(jobs)} runs of a group one by one")
+            _warn(f"out of memory: training the {len(jobs)} runs of a group one by one")
             return [train_group([j], corpus, options, watch, should_stop, guard)[0] for j in jobs]
         microbatches = more
         names = ", ".join(job.spec.run_id for job in jobs)
-        _tell(f"out of memory: {names}: going on with {more} microbatches a step; the batch is as "
+        _warn(f"out of memory: {names}: going on with {more} microbatches a step; the batch is as "
               "it was, its sums are rounded otherwise")  # fmt: skip
 
 
@@ -115,13 +115,9 @@ def _more_microbatches(spec: RunSpec, microbatches: int) -> int | None:
 def _train_group(loop: "_Loop", watch: Callable[[Report], None]) -> list[dict[str, Any]]:
     try:
         loop.run(watch)
-        return loop.summarize()
     finally:
         loop.close()
-
-
-def _tell(text: str) -> None:
-    print(f"warning: {text}", file=sys.stderr, flush=True)
+    return loop.summarize()
 
 
 def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> None:
@@ -151,6 +147,10 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
 def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> RowReader:
     put = functools.partial(programs.replicate, runs=runs)
     return RowReader(corpus.train, spec.data.sequence_length, options.resident_bytes, put)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class _Loop:
@@ -196,20 +196,41 @@ class _Loop:
             member.open()
 
     def _restore(self) -> None:
-        """Go back to the newest checkpoint that every member has, if there is one."""
+        """Go back to the newest checkpoint that every member has and that is what was saved.
+
+        One that is not is removed, and said so. Where there is none the runs start again.
+        """
         self.guard()
+        had = any(member.checkpointer.ticks() for member in self.members)
+        while (tick := self._newest_common()) is not None:
+            found = [self._restored(member, tick) for member in self.members]
+            whole = [pair for pair in found if pair is not None]
+            if len(whole) == self.runs:
+                states, stashes = zip(*whole, strict=True)
+                self.tick, self.state = tick, self._stack(states)
+                self.stash = None if stashes[0] is None else self._stack(stashes)
+                return
+        if had:
+            for member in self.members:
+                member.forget()
+            names = ", ".join(member.spec.run_id for member in self.members)
+            _warn(f"{names}: no checkpoint to go on from: training starts again from step 0")
+
+    def _newest_common(self) -> int | None:
+        """The newest tick at which every member has a checkpoint; what lies beyond is removed."""
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
         for member in self.members:
             member.checkpointer.forget_after(max(common, default=-1))
-        if not common:
-            return
-        self.tick = max(common)
-        like = programs.part(self.state, 0)
-        states, stashes = zip(
-            *(member.restore(self.tick, like) for member in self.members), strict=True
-        )
-        self.state = self._stack(states)
-        self.stash = None if stashes[0] is None else self._stack(stashes)
+        return max(common, default=None)
+
+    def _restored(self, member: Member, tick: int) -> tuple[TrainState, TrainState | None] | None:
+        """A member's states at a tick; None, without a checkpoint there, where it is damaged."""
+        try:
+            return member.restore(tick, programs.part(self.state, 0))
+        except DamagedCheckpoint as error:
+            member.checkpointer.forget(tick)
+            _warn(f"{member.spec.run_id}: tick {tick}: damaged checkpoint removed: {error}")
+            return None
 
     def _stack(self, states: Sequence[TrainState]) -> TrainState:
         return programs.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), self.runs)
@@ -427,7 +448,8 @@ class _Loop:
             member.write("endpoint", segment, segment.end, **values)
             last = segment.end == self.spec.ends[-1]
             if self.options.keep_model and last and loss is not None:
-                self.patiently(functools.partial(save_model, member.run_dir, params))
+                save = functools.partial(save_model, member.run_dir, params)
+                member.progress.model = self.patiently(save)
         assert self.stash is not None
         self.state, self.stash = self.stash, None
 

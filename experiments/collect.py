@@ -20,9 +20,10 @@ from typing import Any
 import pandas as pd
 
 from bitnet_jax.errors import ConfigError
+from bitnet_jax.files import SCHEMA_VERSION, DamagedFile, NewerFile, replacing
+from experiments.summary import read_summary, verified_log
 
 WHO = ("run_id", "size", "precision", "seed", "tokens", "loss", "status")
-NEEDED = {"run_id", "seed", "precision", "params_non_embedding", "tokens", "loss", "status"}
 FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
 
 
@@ -40,14 +41,14 @@ def collect(
 
     Raises:
       FileNotFoundError: no run has finished or failed.
-      ConfigError: a summary that is damaged.
+      ConfigError: a summary that is damaged, another run's, or out of the sweep's directory.
     """
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
         run_id = path.parent.name
         if tags is not None and run_id not in tags:
             continue
-        endpoints = _endpoints(path)
+        endpoints = _summary(path)["endpoints"]
         if tags is not None:
             endpoints = [_tagged(row, tags[run_id]) for row in endpoints]
         rows += [{"sweep": sweep_directory.name, **row} for row in endpoints]
@@ -63,9 +64,8 @@ def collect(
     table = table.astype(dict.fromkeys(FLOATS, "float64"))
     table = table.sort_values(["params_non_embedding", "tokens", "precision", "seed", "run_id"])
     table = table.reset_index(drop=True)
-    temporary = sweep_directory / ".endpoints.parquet.tmp"
-    table.to_parquet(temporary, index=False)
-    temporary.replace(sweep_directory / "endpoints.parquet")
+    with replacing(sweep_directory / "endpoints.parquet") as temporary:
+        table.to_parquet(temporary, index=False)
     return table
 
 
@@ -74,15 +74,11 @@ def _tagged(row: Mapping[str, Any], tags: Mapping[str, str]) -> dict[str, Any]:
     return {**plain, **{f"tag_{key}": value for key, value in tags.items()}}
 
 
-def _endpoints(path: Path) -> list[dict[str, Any]]:
+def _summary(path: Path) -> dict[str, Any]:
     try:
-        endpoints = json.loads(path.read_text())["endpoints"]
-        for row in endpoints:
-            if not row.keys() >= NEEDED:
-                raise ValueError("rows of another kind")
-        return list(endpoints)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a summary; delete it to train the run again") from error
+        return read_summary(path.parent)
+    except DamagedFile as error:
+        raise ConfigError(f"{error}; delete it to train the run again") from error
 
 
 def collect_latents(sweep_directory: Path) -> pd.DataFrame:
@@ -94,14 +90,22 @@ def collect_latents(sweep_directory: Path) -> pd.DataFrame:
     """
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
-        endpoint = _endpoints(path)[-1]
-        statistics = _last_statistics(path.parent / "metrics.jsonl", endpoint)
+        summary = _summary(path)
+        endpoint = summary["endpoints"][-1]
+        statistics = _last_statistics(_log(path.parent, summary), endpoint)
         if statistics:
             own = {k: v for k, v in endpoint.items() if k in WHO or k.startswith("tag_")}
             rows.append({**own, **statistics})
     if not rows:
         raise FileNotFoundError(f"{sweep_directory}: no run with quantized weights has finished")
     return pd.DataFrame(rows)
+
+
+def _log(run_directory: Path, summary: dict[str, Any]) -> Path:
+    try:
+        return verified_log(run_directory, summary)
+    except DamagedFile as error:
+        raise ConfigError(f"{error}; delete the run to train again") from error
 
 
 def _last_statistics(path: Path, endpoint: dict[str, Any]) -> dict[str, float | None]:
@@ -112,8 +116,13 @@ def _last_statistics(path: Path, endpoint: dict[str, Any]) -> dict[str, float | 
         for line in path.read_text().splitlines():
             record = json.loads(line)
             last[record["kind"]] = record
+        version = last.get("header", {}).get("schema_version", 1)
+        if version > SCHEMA_VERSION:
+            raise NewerFile(path, version)
         if endpoint["status"] == "ok" and last["endpoint"]["tokens"] != endpoint["tokens"]:
             raise ValueError("another run's")
+    except NewerFile:
+        raise
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigError(f"{path}: not a run's metrics; delete the run to train again") from error
     return {
@@ -139,7 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         table = collect(directory)
         if options.latents:
             latents = collect_latents(directory)
-            latents.to_csv(directory / "latents.csv", index=False)
+            with replacing(directory / "latents.csv") as temporary:
+                latents.to_csv(temporary, index=False)
             print(f"{directory / 'latents.csv'}: {len(latents)} runs")
     except (ConfigError, FileNotFoundError) as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,6 +1,5 @@
 """How fast this machine trains, for the dry run's times."""
 
-import json
 import math
 import time
 from collections.abc import Iterable
@@ -8,7 +7,9 @@ from collections.abc import Iterable
 import jax
 import jax.numpy as jnp
 
+from bitnet_jax.errors import ConfigError
 from experiments.plan import Plan
+from experiments.summary import read_summary
 
 # A training step of a small model reaches about this share of a large matrix product's rate.
 ASSUMED_UTILISATION = 0.2
@@ -32,11 +33,11 @@ def flops_per_second(plan: Plan) -> tuple[float, str]:
 def _measured(plan: Plan) -> Iterable[float]:
     for path in plan.directory.parent.glob("*/runs/*/summary.json"):
         try:
-            summary = json.loads(path.read_text())
+            summary = read_summary(path.parent)
             rate = summary["total_flops"] / summary["wall_s"]
             if summary["status"] == "ok" and 0 < rate < math.inf:
                 yield rate
-        except (OSError, ValueError, KeyError, TypeError, ArithmeticError, RecursionError):
+        except (ConfigError, OSError, KeyError, TypeError, ArithmeticError):
             continue  # a damaged summary tells no speed; its own sweep says so
 
 

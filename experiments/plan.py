@@ -15,9 +15,14 @@ from ml_collections import ConfigDict
 from bitnet_jax.configs.resolve import group_size, loop_options, resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError, clipped, one_line, shown
+from bitnet_jax.files import DamagedFile, within
+from bitnet_jax.member import WRITTEN_IN_PLACE
 from bitnet_jax.spec import RunSpec
+from experiments.summary import read_summary
 
+ABSENT = (FileNotFoundError, NotADirectoryError)  # where a workdir is no directory, too
 EXAMPLE = "sweeps/isoflop.py:size=800k"
+LONGEST_NAME = 200  # bytes; a file system takes 255, of which temporary names need some
 
 
 ONE_A_SWEEP = ("name", "data.source")  # the table and the corpus
@@ -33,7 +38,7 @@ class PlannedRun:
 
     @property
     def finished(self) -> bool:
-        return (self.directory / "summary.json").exists()
+        return self.state == "done"
 
     @property
     def started(self) -> bool:
@@ -41,8 +46,19 @@ class PlannedRun:
 
     @property
     def state(self) -> str:
-        """What the next launch will do with it."""
-        return "done" if self.finished else "resume" if self.started else "new"
+        """What the next launch will do with it: skip it (done), go on from its newest checkpoint
+        (resume; damaged, where its summary is not what was written), or begin it (new).
+
+        Raises:
+          ConfigError: its summary is of another run, or of a later version of this code.
+        """
+        try:
+            read_summary(self.directory)
+        except ABSENT:
+            return "resume" if self.started else "new"
+        except DamagedFile:
+            return "damaged"
+        return "done"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +83,8 @@ def make_plan(
     overridden: keys that the command line set, which the sweep must not set again.
 
     Raises:
-      ConfigError: a run that cannot be, the same run twice, or a key set in both places.
+      ConfigError: a run that cannot be, the same run twice, a key set in both places, or a run's
+        directory with another's summary or out of the sweep's.
     """
     directory = _readable(workdir) / _safe_name(config.name)
     runs: dict[str, PlannedRun] = {}
@@ -96,12 +113,19 @@ def make_plan(
             )
         run_directory = directory / "runs" / spec.run_id
         runs[spec.run_id] = PlannedRun(spec, run_config, run_directory)
+    _check_directories(directory, runs.values())
     if not runs:
         raise ConfigError(f"sweep={config.name!r}: it has no points; fill in its axes")
     return Plan(config.name, directory, corpus, tuple(runs.values()))
 
 
-LONGEST_NAME = 200  # bytes; a file system takes 255, of which temporary names need some
+def _check_directories(sweep: Path, runs: Iterable[PlannedRun]) -> None:
+    """Refuse what would be written out of the sweep's directory, and what lies there wrongly."""
+    for run in runs:
+        inside = (run.directory / name for name in WRITTEN_IN_PLACE)
+        within(sweep, run.directory, *inside)
+        with contextlib.suppress(*ABSENT, DamagedFile):
+            read_summary(run.directory)
 
 
 def _safe_name(name: str) -> str:

@@ -6,11 +6,10 @@ python -m experiments.report results/quickstart
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
 import platform
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -29,12 +28,15 @@ from analysis.tables import (
     read_table,
     require,
 )
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.files import SCHEMA_VERSION, DamagedFile, read_json, replacing, write_json
+from bitnet_jax.tracking import JOINED
 from experiments.report_page import page
 
 if TYPE_CHECKING:
     import pandas as pd
+    from matplotlib.figure import Figure
 
-SCHEMA_VERSION = 1
 TABLE_HEADER = (
     "size", "arm", "seed", "tokens", "loss", "bits/byte", "FLOPs", "model bits", "status",
 )  # fmt: skip
@@ -158,8 +160,9 @@ def verdict(frame: pd.DataFrame, fits: ArmFits) -> list[str]:
     if left_out:
         sentences.append(f"{left_out} of {len(frame)} endpoints did not finish and enter no fit.")
     for column in PROVENANCE:
-        if frame[column].nunique() > 1:
-            sentences.append(f"The endpoints mix {frame[column].nunique()} values of {column}.")
+        values = _values(frame, column)
+        if len(values) > 1:
+            sentences.append(f"The endpoints mix {len(values)} values of {column}.")
     return sentences
 
 
@@ -172,17 +175,26 @@ def _require_numbers(frame: pd.DataFrame) -> None:
             raise AnalysisError(f"column {column!r}: it must hold numbers")
 
 
+def _values(frame: pd.DataFrame, column: str) -> list[str]:
+    """The distinct values of a column of provenance; a run that went on under another has both."""
+    return sorted({part for cell in frame[column].unique() for part in str(cell).split(JOINED)})
+
+
 def _provenance(frame: pd.DataFrame) -> dict[str, str]:
     """All values of each column that says how endpoints were made, and this Python's version."""
-    made = {column: ", ".join(sorted(map(str, frame[column].unique()))) for column in PROVENANCE}
+    made = {column: ", ".join(_values(frame, column)) for column in PROVENANCE}
     return {**made, "python of the report": platform.python_version()}
 
 
-def _write_atomically(path: Path, text: str) -> None:
-    unfinished = path.with_name(path.name + ".partial")
-    # Half of a surrogate pair, which JSON can spell, is no character.
-    unfinished.write_text(text, encoding="utf-8", errors="backslashreplace")
-    os.replace(unfinished, path)
+def _save_figure(figure: Figure, folder: Path, name: str) -> Path:
+    """Write a figure's PNG and SVG, each whole or not at all; the SVG."""
+    from analysis import plots
+
+    with tempfile.TemporaryDirectory() as scratch:
+        for drawn in plots.save(figure, Path(scratch) / name):
+            with replacing(folder / drawn.name) as temporary:
+                temporary.write_bytes(drawn.read_bytes())
+    return folder / f"{name}.svg"
 
 
 def _write_figures(
@@ -198,7 +210,7 @@ def _write_figures(
     surfaces = {arm: found for arm, found in fits.items() if found.law.name == "chinchilla"}
     if surfaces:
         figures["loss_vs_parameters"] = plots.loss_vs_parameters(frame, surfaces)
-    return {name: plots.save(figure, folder / name)[1] for name, figure in figures.items()}
+    return {name: _save_figure(figure, folder, name) for name, figure in figures.items()}
 
 
 def _remembered(path: Path) -> dict[str, Any]:
@@ -206,11 +218,12 @@ def _remembered(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise AnalysisError(f"{path}: is not JSON; delete it to write a new one") from error
-    told = document if isinstance(document, dict) else {"title": document}
-    told = {key: told[key] for key in ("title", "references", "facts") if key in told}
+        document = read_json(path)
+    except DamagedFile as error:
+        raise AnalysisError(f"{error}; delete it to write a new one") from error
+    told: dict[str, Any] = {
+        key: document[key] for key in ("title", "references", "facts") if key in document
+    }
     references, facts = told.get("references", {}), told.get("facts", {})
     if not (
         isinstance(told.get("title", ""), str)
@@ -220,6 +233,15 @@ def _remembered(path: Path) -> dict[str, Any]:
     ):
         raise AnalysisError(f"{path}: is not a report's; delete it to write a new one")
     return told
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no words for what is not finite."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _document(frame: pd.DataFrame, fits: ArmFits, told: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,19 +281,22 @@ def write_report(
     require(frame, *_REQUIRED)
     _require_numbers(frame)
     told: dict[str, Any] = {"title": sweep_dir.name, "references": {}, "facts": {}}
-    told |= _remembered(sweep_dir / "fits.json")
     given = {"title": title, "references": references, "facts": facts}
+    if None in given.values():
+        told |= _remembered(sweep_dir / "fits.json")
     told |= {key: value for key, value in given.items() if value is not None}
     fits = fit_arms(frame)
     document = _document(frame, fits, told)
     figures = _write_figures(frame, accepted(fits), told["references"], sweep_dir / "figures")
     paths = {"fits": sweep_dir / "fits.json", "report": sweep_dir / "report.html"}
-    _write_atomically(paths["fits"], json.dumps(document, indent=2) + "\n")
+    write_json(paths["fits"], _finite(document))
     unfinished = frame[frame["status"] != "ok"][["run_id", "tokens", "status"]]
     rows = [TABLE_HEADER, *endpoint_table(frame)]
     lost = [(str(run), count_text(tokens), str(why)) for run, tokens, why in unfinished.to_numpy()]
     html = page(document, rows, lost, fit_lines(document), figures)
-    _write_atomically(paths["report"], html)
+    with replacing(paths["report"]) as temporary:
+        # Half of a surrogate pair, which JSON can spell, is no character.
+        temporary.write_text(html, encoding="utf-8", errors="backslashreplace")
     return paths | {name: svg.with_suffix(".png") for name, svg in figures.items()}
 
 
@@ -286,7 +311,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("sweep_dir", metavar="SWEEP_DIR", help="holds endpoints.parquet")
     try:
         paths = write_report(parser.parse_args(argv).sweep_dir)
-    except (AnalysisError, OSError) as error:
+    except (AnalysisError, ConfigError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     for name, path in paths.items():

@@ -14,7 +14,6 @@ usage or config; 130 or 143 interrupted by Ctrl-C or SIGTERM, state saved.
 """
 
 import contextlib
-import json
 import logging
 import os
 import shlex
@@ -33,6 +32,7 @@ from rich.table import Table
 
 from bitnet_jax import data, programs
 from bitnet_jax.errors import ConfigError, one_line
+from bitnet_jax.files import read_json
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
 from experiments import command_line, display, report
@@ -76,6 +76,11 @@ def _run(argv: list[str]) -> int:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
     _check_memory(plan)
+    for run in plan.runs:
+        if run.state == "damaged":
+            summary = run.directory / "summary.json"
+            what = "damaged: the run is trained again from its newest checkpoint"
+            print(f"warning: {summary}: {what}", file=sys.stderr)
     _make_writable(plan.directory)
     programs.keep_programs(Path(flags.workdir) / "programs")
     command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
@@ -160,7 +165,7 @@ def _report(plan: Plan, screen: Console, command: str) -> None:
     for label, nats in lines.items():
         bits = bits_per_byte(nats, bytes_per_token)
         screen.print(f"{label}: {nats:.4f} nats a token, {bits:.3f} bits a byte")
-    document = json.loads(paths["fits"].read_text())
+    document = read_json(paths["fits"])
     for line in (*report.fit_lines(document), *document["verdict"]):
         screen.print(line, soft_wrap=True, markup=False)
     for name, path in paths.items():

@@ -1,7 +1,6 @@
 """A finished run, read back from its directory: what it was and the parameters it ended with."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +13,11 @@ from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError
+from bitnet_jax.files import DamagedFile, NewerFile, read_json
+from bitnet_jax.fingerprint import fingerprint
 from bitnet_jax.spec import RunSpec
 from bitnet_jax.train_step import init_state
+from experiments.summary import verified_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,16 +34,20 @@ def load_run(directory: Path) -> FinishedRun:
     """Read a run directory.
 
     Raises:
-      ConfigError: not a run directory, one of other code, or one that holds no model.
+      ConfigError: not a run directory, one of other code, one that has not finished or holds no
+        model, or one whose files are not what was written.
     """
     path = directory / "config.json"
     try:
-        document = json.loads(path.read_text())
+        document = read_json(path)
         config = config_of(document["config"])
     except (FileNotFoundError, NotADirectoryError) as error:
         raise ConfigError(f"run={str(directory)!r}: not a run directory, no config.json") from error
+    except NewerFile:
+        raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{path}: not a run's config: {error}") from error
+        reason = error.reason if isinstance(error, DamagedFile) else error
+        raise ConfigError(f"{path}: not a run's config: {reason}") from error
     corpus = data.load(data.resolve(config.data.source))
     spec = resolve(config, corpus)
     if spec.run_id != document.get("run_id"):
@@ -49,16 +55,36 @@ def load_run(directory: Path) -> FinishedRun:
             f"{path}: it describes {spec.run_id}, not {document.get('run_id')}: the run was made "
             "by other code, or of another corpus"
         )
+    return FinishedRun(directory, spec, corpus, _verified_params(directory, spec))
+
+
+def _verified_params(directory: Path, spec: RunSpec) -> dict:
+    """The parameters in `model/`, if they and the log are what the summary was written with."""
+    again = "delete the run's summary.json and train it again"
     state = jax.eval_shape(lambda: init_state(spec.step, 0))
+    damaged = ConfigError(
+        f"{directory / 'model'}: damaged, not what summary.json was written with; {again}"
+    )
     try:
         params = load_model(directory, state.params)
     except FileNotFoundError as error:
         raise ConfigError(str(error)) from error
     except Exception as error:  # orbax and its readers raise many kinds
+        raise damaged from error
+    try:
+        summary = read_json(directory / "summary.json")
+        verified_log(directory, summary)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{directory}: no summary.json; train the run to its end") from error
+    except DamagedFile as error:
+        raise ConfigError(f"{error}; {again}") from error
+    if summary.get("run_id") != spec.run_id:
         raise ConfigError(
-            f"{directory / 'model'}: damaged; delete the run's summary.json and train it again"
-        ) from error
-    return FinishedRun(directory, spec, corpus, params)
+            f"{directory / 'summary.json'}: it is the summary of {summary.get('run_id')}; {again}"
+        )
+    if summary.get("schema_version") != 1 and summary.get("model") != fingerprint(params):
+        raise damaged
+    return params
 
 
 def config_of(values: dict[str, Any]) -> ConfigDict:

@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from bitnet_jax import tracking
+from bitnet_jax.files import read_json
 from bitnet_jax.ladder import LADDER
 from bitnet_jax.precision import PRECISIONS
 from experiments.benchmark import __main__ as command
@@ -115,7 +116,7 @@ def test_the_json_contract(suites, tmp_path, capsys):
     assert document["notes"] == ["a note", "another"]
     said = "python -m experiments.benchmark " + " ".join(arguments)
     assert document["environment"]["command"] == said
-    assert json.loads(out.read_text()) == document
+    assert read_json(out) == document
     assert list(tmp_path.iterdir()) == [out]
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: a round trip to the bit, with and without the trunk set aside; the last two kept.
 The model that a run leaves behind."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import jax
@@ -151,3 +152,34 @@ def test_no_model_is_said_so(tmp_path, state_of):
     with pytest.raises(FileNotFoundError, match="holds no model.*checkpoint.keep_model=True"):
         load_model(tmp_path / "run", state_of(0).params)
     assert not (tmp_path / "run").exists()
+
+
+def test_threads_may_save_models_at_once(tmp_path, state_of):
+    """As two runs side by side do that end together."""
+    params = state_of(1).params
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda i: save_model(tmp_path / str(i), params), range(12)))
+    for i in range(12):
+        assert_bitwise_equal(load_model(tmp_path / str(i), params), params)
+
+
+def test_threads_may_save_checkpoints_at_once(tmp_path, state_of):
+    """Written in the background, and each thread's in its own directory."""
+    state, like = state_of(1), state_of(0)
+
+    def run(i):
+        checkpointer = Checkpointer(tmp_path / str(i))
+        for tick in (1, 2, 3):
+            checkpointer.save(tick, state, state, {"has_stash": True, "tick": tick})
+        checkpointer.close()
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(run, range(4)))
+    for i in range(4):
+        checkpointer = Checkpointer(tmp_path / str(i))
+        for tick in (2, 3):
+            found, stash, progress = checkpointer.restore(tick, like)
+            assert_bitwise_equal(found, state)
+            assert_bitwise_equal(stash, state)
+            assert progress["tick"] == tick
+        checkpointer.close()

@@ -1,16 +1,20 @@
 """Summaries into one table, and the latents' last statistics into another."""
 
 import dataclasses
+import hashlib
 import json
 import math
+import random
 
 import pandas as pd
 import pytest
+from run_files import flipped
 
 from bitnet_jax import cost
 from bitnet_jax.configs.resolve import resolve
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.files import write_json
 from bitnet_jax.results import endpoint_row
-from bitnet_jax.tracking import write_json
 from experiments.collect import collect, collect_latents, main
 
 # fmt: off
@@ -47,6 +51,7 @@ def sweep(tmp_path):
         run = folder / "runs" / spec.run_id
         run.mkdir(parents=True)
         write_json(run / "summary.json", {"endpoints": rows_of(spec, **kwargs)})
+        return run / "summary.json"
 
     folder.mkdir()
     finish.folder = folder
@@ -210,6 +215,55 @@ def test_a_damaged_summary_is_named(tmp_path, damaged, capsys):
     assert not (tmp_path / "endpoints.parquet").exists()
 
 
+def refused(folder, capsys, *more):
+    """The one line of a command that wrote nothing."""
+    before = {path: path.read_bytes() for path in folder.glob("*.*")}
+    assert main([str(folder), *more]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("error: ") and message.count("\n") == 1
+    assert {path: path.read_bytes() for path in folder.glob("*.*")} == before
+    return message
+
+
+def test_a_flipped_bit_is_not_collected(sweep, spec_of, capsys):
+    """Losses and sizes are not what a bit makes of them: every value is under the digest."""
+    path = sweep(spec_of())
+    content, whole = path.read_bytes(), collect(sweep.folder)
+    for bit in random.Random(0).sample(range(8 * len(content)), 200):
+        path.write_bytes(content)
+        flipped(path, bit)
+        try:
+            pd.testing.assert_frame_equal(collect(sweep.folder), whole, check_exact=True)
+        except ConfigError as error:
+            assert str(path) in str(error) and "\n" not in str(error)
+
+
+@pytest.mark.parametrize("where", ["rows", "header"])
+def test_a_summary_of_another_run_is_refused(sweep, spec_of, capsys, where):
+    spec, other = spec_of(), spec_of(seed=1)
+    path = sweep(spec)
+    header = {"run_id": other.run_id if where == "header" else spec.run_id}
+    rows = rows_of(other if where == "rows" else spec)
+    write_json(path, {**header, "endpoints": rows})
+    message = refused(sweep.folder, capsys)
+    assert f"{path}: it is the summary of {other.run_id}" in message
+
+
+def test_a_run_that_lies_out_of_the_sweep_is_refused(sweep, spec_of, capsys, tmp_path):
+    path = sweep(spec_of())
+    out = tmp_path / "out"
+    path.parent.rename(out)
+    path.parent.symlink_to(out)
+    message = refused(sweep.folder, capsys)
+    assert f"{path.parent}: a symbolic link that leads out of {sweep.folder}" in message
+
+
+def test_a_summary_of_a_newer_version_is_refused(sweep, spec_of, capsys):
+    path = sweep(spec_of())
+    write_json(path, {"schema_version": 99, "endpoints": rows_of(spec_of())})
+    assert f"{path}: schema_version=99: " in refused(sweep.folder, capsys)
+
+
 # Latents
 
 STATISTICS = {"latent_flips": 0.25, "latent_zeros": 0.5, "latent_entropy": None}
@@ -335,6 +389,37 @@ def test_damaged_metrics_are_named(logged, spec_of, damaged, capsys):
     message = capsys.readouterr().err
     assert f"{path}: not a run's metrics" in message and message.count("\n") == 1
     assert not (logged.folder / "latents.csv").exists()
+
+
+@pytest.mark.parametrize("change", ["flip", "cut", "append", "lose"])
+def test_metrics_that_the_summary_was_not_written_with_are_named(logged, spec_of, capsys, change):
+    """However well they read."""
+    spec = spec_of(precision="ternary")
+    path = logged(spec, ternary_lines())
+    content = path.read_bytes()
+    known = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    write_json(path.with_name("summary.json"), {"endpoints": rows_of(spec), "metrics": known})
+    assert len(collect_latents(logged.folder)) == 1
+    changed = {
+        "flip": content.replace(b"0.25", b"0.24"),
+        "cut": content[: content.rindex(b"{")],
+        "append": content + content.splitlines(keepends=True)[-1],
+    }
+    if change == "lose":
+        path.unlink()
+    else:
+        path.write_bytes(changed[change])
+    assert main([str(logged.folder), "--latents"]) == 2
+    message = capsys.readouterr().err
+    assert f"{path}: damaged, it is not the log that" in message and message.count("\n") == 1
+    assert not (logged.folder / "latents.csv").exists()
+
+
+def test_metrics_of_a_newer_version_are_refused(logged, spec_of, capsys):
+    header = {"kind": "header", "schema_version": 99, "run_id": "x"}
+    path = logged(spec_of(precision="ternary"), [header, *ternary_lines()])
+    assert main([str(logged.folder), "--latents"]) == 2
+    assert f"{path}: schema_version=99: " in capsys.readouterr().err
 
 
 def test_missing_metrics_are_named(logged, spec_of, capsys):

@@ -89,7 +89,7 @@ def small_disk(tmp_path):
 def test_a_line_is_whole_or_not_there(small_disk):
     """On a full disk a part of a line can be written: it is taken back."""
     place, grow = small_disk
-    log = MetricsLog(place / "metrics.jsonl")
+    log = MetricsLog(place / "metrics.jsonl", "run")
     log.write({"step": 1})
     record = {"text": "x" * 50_000}
     log.write(record)
@@ -99,7 +99,7 @@ def test_a_line_is_whole_or_not_there(small_disk):
     grow("1m")
     log.write({"step": 2})
     lines = (place / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line).get("step") for line in lines] == [1, None, 2]
+    assert [json.loads(line).get("step") for line in lines] == [None, 1, None, 2]
 
 
 def test_a_run_on_a_full_disk_waits_and_loses_nothing(

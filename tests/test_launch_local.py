@@ -12,6 +12,7 @@ import types
 import pandas as pd
 import pytest
 from rich.console import Console
+from run_files import write_summary
 
 from bitnet_jax import train
 from bitnet_jax.configs.resolve import loop_options, resolve
@@ -57,8 +58,7 @@ def test_a_cpu_trains_one_run_after_another(planned):
 def test_finished_runs_are_left_out_and_no_place_is_kept_for_them(planned):
     runs = [planned(2, seed) for seed in range(5)]
     for i in (0, 3):
-        runs[i].directory.mkdir()
-        (runs[i].directory / "summary.json").touch()
+        write_summary(runs[i].directory, runs[i].spec)
     assert names(grouped(runs), runs) == [[1, 2], [4]]
     assert grouped(runs[:1]) == []
 
@@ -123,8 +123,7 @@ def launch(planned, tmp_path, tiny_corpus, monkeypatch):
             for seed, arm in enumerate(arms)
         ]
         for index in done:
-            runs[index].directory.mkdir()
-            (runs[index].directory / "summary.json").touch()
+            write_summary(runs[index].directory, runs[index].spec)
 
         def train_group(jobs, corpus, options, watch, should_stop, guard):
             (job,) = jobs

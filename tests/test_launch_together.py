@@ -19,6 +19,7 @@ from test_launch_local import write_sweep
 
 from bitnet_jax import member as member_module
 from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.files import SCHEMA_VERSION, write_json
 from bitnet_jax.member import Job
 from bitnet_jax.train import Interrupted, train_and_evaluate, train_group
 from experiments import display
@@ -26,10 +27,16 @@ from experiments.launch import local
 from experiments.launch.leases import TIMEOUT, Held, LeaseLost, Leases
 from experiments.plan import Plan, PlannedRun
 from experiments.run import main
+from experiments.summary import NEEDED
 
 ROOT = Path(__file__).parent.parent
 PATIENCE = 20  # seconds; only a failing test takes them
-SUMMARY = {"status": "ok", "endpoints": [{"bits_per_byte": 2.5}]}
+
+
+def summary_of(run):
+    """What a stand-in for training says of a run."""
+    row = dict.fromkeys(NEEDED, 0) | {"run_id": run.spec.run_id, "bits_per_byte": 2.5}
+    return {"schema_version": SCHEMA_VERSION, "status": "ok", "endpoints": [row]}
 
 
 class Sweep:
@@ -49,8 +56,9 @@ class Sweep:
         return self.runs[seed].spec.run_id
 
     def finish(self, seed):
-        self.runs[seed].directory.mkdir(parents=True, exist_ok=True)
-        (self.runs[seed].directory / "summary.json").write_text(json.dumps(SUMMARY))
+        run = self.runs[seed]
+        run.directory.mkdir(parents=True, exist_ok=True)
+        write_json(run.directory / "summary.json", summary_of(run))
 
     def train_group(self, jobs, corpus, options, watch, should_stop, guard):
         seeds = [job.spec.seed_init for job in jobs]
@@ -59,7 +67,7 @@ class Sweep:
         guard()
         for seed in seeds:
             self.finish(seed)
-        return [SUMMARY] * len(jobs)
+        return [summary_of(self.runs[seed]) for seed in seeds]
 
     def train(self, seeds, should_stop, guard):
         """A test's own."""
@@ -382,11 +390,13 @@ from rich.console import Console
 
 from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import resolve
-from bitnet_jax import data, tracking
+from bitnet_jax import data
+from bitnet_jax.files import SCHEMA_VERSION, write_json
 from bitnet_jax.train import Interrupted
 from experiments import display
 from experiments.launch import local
 from experiments.plan import Plan, PlannedRun
+from experiments.summary import NEEDED
 
 folder, overrides, seconds = Path(sys.argv[1]), json.loads(sys.argv[2]), float(sys.argv[3])
 runs, launchers, kills = (int(word) for word in sys.argv[4:7])
@@ -415,8 +425,9 @@ def train_group(jobs, corpus, options, watch, should_stop, guard):
     for _ in range(5):
         time.sleep(seconds / 5)
         guard()
-    summary = {"status": "ok", "endpoints": [{"bits_per_byte": 2.5}]}
-    tracking.write_json(job.run_dir / "unfinished", summary)
+    row = dict.fromkeys(NEEDED, 0) | {"run_id": job.run_dir.name, "bits_per_byte": 2.5}
+    summary = {"schema_version": SCHEMA_VERSION, "status": "ok", "endpoints": [row]}
+    write_json(job.run_dir / "unfinished", summary)
     guard()
     note("completed", job.spec.run_id)
     (job.run_dir / "unfinished").rename(job.run_dir / "summary.json")
@@ -443,7 +454,7 @@ def wait_all(alive):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in alive]
 
 
-alone = PlannedRun(planned[0].spec, planned[0].config, folder / "lone" / "runs" / "one")
+alone = PlannedRun(planned[0].spec, planned[0].config, folder / "lone" / "runs" / planned[0].spec.run_id)
 lone = Plan("tiny", folder / "lone", corpus, (alone,))
 folder.mkdir()
 began, work, seconds = time.monotonic(), seconds, 0.0

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
+from run_files import endpoint_rows, write_summary
 
 from bitnet_jax.errors import ConfigError
 from experiments import display
@@ -39,15 +40,59 @@ def test_points_may_set_tuples_and_placeholders(plan_of):
 
 
 def test_states(plan_of):
-    """A run is new until it has left its config, and done once it has left its summary."""
+    """A run is new until it has left its config, and done once it has left its summary whole."""
     (run,) = plan_of([{}]).runs
     assert (run.state, run.started, run.finished) == ("new", False, False)
     run.directory.mkdir(parents=True)
     assert run.state == "new"
     (run.directory / "config.json").write_text("{}")
     assert run.state == "resume"
-    (run.directory / "summary.json").write_text("{}")
-    assert run.state == "done"
+    for damaged in ("", "{}", "{", "[]"):
+        (run.directory / "summary.json").write_text(damaged)
+        assert (run.state, run.finished) == ("damaged", False)
+    write_summary(run.directory, run.spec)
+    assert (run.state, run.finished) == ("done", True)
+    write_summary(run.directory, run.spec, endpoints=[])
+    assert run.state == "damaged", "whole, and no summary"
+    (run.directory / "summary.json").write_text(
+        json.dumps({"schema_version": 1, "endpoints": endpoint_rows(run.spec)})
+    )
+    assert run.state == "done", "from before there were digests"
+
+
+def test_a_summary_of_another_run_is_refused(plan_of):
+    one, two = plan_of([{}, {"seed": 1}]).runs
+    write_summary(one.directory, two.spec)
+    with pytest.raises(ConfigError) as caught:
+        plan_of([{}, {"seed": 1}])
+    message = str(caught.value)
+    assert str(one.directory / "summary.json") in message and "\n" not in message
+    assert f"it is the summary of {two.spec.run_id}" in message
+    mixed = [*endpoint_rows(one.spec), *endpoint_rows(two.spec)]
+    write_summary(one.directory, one.spec, endpoints=mixed)
+    with pytest.raises(ConfigError, match="it is the summary of"):
+        plan_of([{}])
+
+
+def test_a_summary_of_a_newer_version_is_refused(plan_of):
+    """Not trained over: whoever wrote it knows how to read it."""
+    (run,) = plan_of([{}]).runs
+    write_summary(run.directory, run.spec, schema_version=99)
+    with pytest.raises(ConfigError, match=r"summary.json: schema_version=99: .* reads up to"):
+        plan_of([{}])
+
+
+@pytest.mark.parametrize("part", ["", "checkpoints", "model", "metrics.jsonl", "wandb"])
+def test_links_out_of_the_sweep_are_refused(plan_of, tmp_path, part):
+    (run,) = plan_of([{}]).runs
+    link, out = run.directory / part, tmp_path / "out"
+    out.mkdir()
+    link.parent.mkdir(parents=True)
+    link.symlink_to(out)
+    with pytest.raises(ConfigError) as caught:
+        plan_of([{}])
+    assert str(caught.value).startswith(f"{link}: ") and "leads out of" in str(caught.value)
+    assert list(out.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -159,7 +204,6 @@ def test_the_plan_tells_what_branches_save(plan_of, capsys):
     assert total[0].startswith("total 446M FLOPs, still to do 446M: ")
     assert "0.84 of the 531M FLOPs" in branches
     (run,) = plan_of([one]).runs
-    run.directory.mkdir(parents=True)
-    (run.directory / "summary.json").write_text("{}")
+    write_summary(run.directory, run.spec)
     total, (again,) = shown(one, two)
     assert "still to do 234M: " in total[0] and again == branches, "of the whole plan, done or not"

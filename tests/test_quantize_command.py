@@ -10,14 +10,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from run_files import write_summary
 
 from bitnet_jax.checkpoint import save_model
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import train_batches
 from bitnet_jax.evaluate import held_out_loss
+from bitnet_jax.files import write_json
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.model import linear_layers
-from bitnet_jax.tracking import write_json
 from bitnet_jax.train import train_and_evaluate
 from experiments import quantize
 from experiments.quantize import calibrate, main
@@ -50,7 +51,7 @@ def pretended(run, tiny_config, tiny_corpus, tmp_path):
         spec = resolve(config, tiny_corpus)
         header = {"run_id": spec.run_id, "config": config.to_dict()}
         write_json(tmp_path / "config.json", header)
-        save_model(tmp_path, run.params)
+        write_summary(tmp_path, spec, model=save_model(tmp_path, run.params))
         return tmp_path
 
     return make

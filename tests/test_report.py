@@ -10,6 +10,7 @@ import pytest
 from synthetic_results import TRIGRAM, endpoints
 
 from analysis.arms import fit_arms
+from bitnet_jax.files import SCHEMA_VERSION, read_json, write_json
 from experiments.report import (
     TABLE_HEADER,
     endpoint_table,
@@ -52,12 +53,16 @@ def test_writes_everything(sweep):
         assert path.is_file()
     assert paths["loss_vs_compute"] == folder / "figures" / "loss_vs_compute.png"
     assert paths["loss_vs_compute"].with_suffix(".svg").is_file()
-    assert not list(folder.rglob("*.partial"))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "endpoints.parquet", "figures", "fits.json", "report.html",
+    ]  # fmt: skip
+    assert len(list((folder / "figures").iterdir())) == 4, "no temporary file is left"
+    assert read_json(folder / "fits.json")["title"] == "a <b>title</b>"
 
 
 def test_fits_are_described(sweep):
     document = json.loads(sweep[1]["fits"].read_text())
-    assert document["schema_version"] == 1
+    assert document["schema_version"] == SCHEMA_VERSION
     assert set(document["fits"]) == {"ternary", "fp16"}
     for laws in document["fits"].values():
         assert laws["chinchilla"]["n_points"] == 8
@@ -149,6 +154,44 @@ def test_user_mistakes(tmp_path, capsys):
     endpoints().to_parquet(tmp_path / "endpoints.parquet")
     assert main([str(tmp_path)]) == 2
     assert "is not JSON" in capsys.readouterr().err
+    write_report(tmp_path, title="told", references={}, facts={})
+    assert read_json(tmp_path / "fits.json")["title"] == "told", "nothing of the old was wanted"
+
+
+def test_a_report_is_not_made_of_what_a_damaged_one_was_told(tmp_path, capsys):
+    endpoints().to_parquet(tmp_path / "endpoints.parquet")
+    write_report(tmp_path, title="told")
+    text = (tmp_path / "fits.json").read_text()
+    (tmp_path / "fits.json").write_text(text.replace("told", "tole"))
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "fits.json: damaged, its digest" in error and error.count("\n") == 1
+    write_json(tmp_path / "fits.json", {"schema_version": SCHEMA_VERSION + 1})
+    assert main([str(tmp_path)]) == 2
+    assert f"schema_version={SCHEMA_VERSION + 1}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("column", ["git_commit", "jax_version", "device"])
+def test_runs_that_went_on_under_another_value_are_a_mixture(column):
+    """Also where every one of them did, so that the column has a single value."""
+    table = endpoints().assign(**{column: "one + two"})
+    sentence = f"The endpoints mix 2 values of {column}."
+    assert sentence in verdict(table, fit_arms(table, bootstrap=0))
+    table.loc[0, column] = "three"
+    sentences = verdict(table, fit_arms(table, bootstrap=0))
+    assert f"The endpoints mix 3 values of {column}." in sentences
+    alone = endpoints()
+    assert not any("mix" in each for each in verdict(alone, fit_arms(alone, bootstrap=0)))
+
+
+def test_a_table_of_a_newer_version_is_refused(tmp_path, capsys):
+    for version, status in ((SCHEMA_VERSION, 0), (SCHEMA_VERSION + 1, 2)):
+        table = endpoints().assign(schema_version=1)
+        table.loc[3, "schema_version"] = version
+        table.to_parquet(tmp_path / "endpoints.parquet")
+        assert main([str(tmp_path)]) == status
+    error = capsys.readouterr().err
+    assert f"endpoints.parquet: schema_version={SCHEMA_VERSION + 1}: " in error
 
 
 # Hostile words
@@ -249,32 +292,34 @@ def test_dollars_are_drawn_as_dollars():
 
 
 @pytest.mark.parametrize(
-    ("text", "right"),
-    [
-        ("[]", "not a report's"),
-        ("3", "not a report's"),
-        ('{"title": 3}', "not a report's"),
-        ('{"facts": "x"}', "not a report's"),
-        ('{"references": {"a": "b"}}', "not a report's"),
-        ('{"references": {"a": NaN}}', "not a report's"),
-        ('{"references": [1]}', "not a report's"),
-        ("[" * 100_000, "is not JSON"),
-        ("\ufeff{}", "is not JSON"),
-    ],
+    "told",
+    [{"title": 3}, {"facts": "x"}, {"references": {"a": "b"}}, {"references": [1]}],
 )
-def test_fits_of_another_kind(tmp_path, capsys, text, right):
+def test_fits_of_another_kind(tmp_path, capsys, told):
+    endpoints().to_parquet(tmp_path / "endpoints.parquet")
+    write_json(tmp_path / "fits.json", {"schema_version": SCHEMA_VERSION, **told})
+    before = (tmp_path / "fits.json").read_bytes()
+    assert main([str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert "not a report's" in error and error.count("\n") == 1
+    assert (tmp_path / "fits.json").read_bytes() == before
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "{}", '{"a": NaN}', "[" * 100_000, "\ufeff{}", ""])
+def test_fits_that_are_none(tmp_path, capsys, text):
     endpoints().to_parquet(tmp_path / "endpoints.parquet")
     (tmp_path / "fits.json").write_text(text, encoding="utf-8")
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
-    assert right in error and error.count("\n") == 1
+    assert "damaged" in error and error.count("\n") == 1
     assert (tmp_path / "fits.json").read_text(encoding="utf-8") == text
 
 
 def test_half_a_character_among_the_facts(tmp_path):
     """JSON can spell it, UTF-8 cannot."""
     endpoints().to_parquet(tmp_path / "endpoints.parquet")
-    (tmp_path / "fits.json").write_text('{"title": "a\\ud800", "facts": {"b": "\\udfff"}}')
+    told = {"title": "a\ud800", "facts": {"b": "\udfff"}}
+    write_json(tmp_path / "fits.json", {"schema_version": SCHEMA_VERSION, **told})
     assert main([str(tmp_path)]) == 0
     assert "a\\ud800" in (tmp_path / "report.html").read_text()
 

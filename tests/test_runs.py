@@ -6,13 +6,15 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from run_files import DAMAGES, cut, emptied, flipped, lost
 
-from bitnet_jax.checkpoint import load_model
+from bitnet_jax.checkpoint import load_model, save_model
 from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import DataError, validation_rows
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.evaluate import held_out_loss
+from bitnet_jax.files import SCHEMA_VERSION, read_json, write_json
 from bitnet_jax.train import train_and_evaluate
 from bitnet_jax.train_step import compiled_init
 from experiments.runs import config_of, load_run
@@ -38,10 +40,11 @@ def copied(directory, tmp_path):
     """A function that copies the run with a changed config.json, the model left out or not."""
 
     def make(change=lambda document: document, model=False):
-        document = json.loads((directory / "config.json").read_text())
-        (tmp_path / "config.json").write_text(json.dumps(change(document)))
+        write_json(tmp_path / "config.json", change(read_json(directory / "config.json")))
         if model:
             shutil.copytree(directory / "model", tmp_path / "model")
+            for name in ("summary.json", "metrics.jsonl"):
+                shutil.copy(directory / name, tmp_path)
         return tmp_path
 
     return make
@@ -176,3 +179,64 @@ def test_a_run_without_a_model(copied):
 def test_a_corpus_that_has_gone(copied, tmp_path):
     with pytest.raises(DataError, match="prepare"):
         load_run(copied(changed("data.source", str(tmp_path / "gone")), model=True))
+
+
+# Damage
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_model(copied, damage):
+    """The file that holds the parameters; nothing but their fingerprint sees a flipped bit."""
+    path = copied(model=True)
+    files = [file for file in (path / "model").rglob("*") if file.is_file()]
+    DAMAGES[damage](max(files, key=lambda file: file.stat().st_size))
+    assert "model: damaged" in refusal(path) and "train it again" in refusal(path)
+
+
+def test_a_model_of_another_run(copied):
+    path = copied(model=True)
+    params = load_run(path).params
+    save_model(path, jax.tree.map(lambda x: x + 1, params))
+    assert "model: damaged, not what summary.json was written with" in refusal(path)
+    save_model(path, params)
+    assert load_run(path).directory == path
+
+
+@pytest.mark.parametrize("damage", [cut, emptied, flipped])
+@pytest.mark.parametrize("name", ["config.json", "summary.json", "metrics.jsonl"])
+def test_a_damaged_file(copied, damage, name):
+    path = copied(model=True)
+    damage(path / name)
+    assert str(path / name) in refusal(path)
+
+
+@pytest.mark.parametrize("name", ["summary.json", "metrics.jsonl"])
+def test_a_lost_file(copied, name):
+    path = copied(model=True)
+    lost(path / name)
+    assert name in refusal(path)
+
+
+def test_a_summary_of_another_run(copied):
+    path = copied(model=True)
+    write_json(path / "summary.json", {**read_json(path / "summary.json"), "run_id": "another"})
+    assert "it is the summary of another" in refusal(path)
+
+
+def test_a_run_from_before_there_were_digests(copied):
+    """Neither of its files has one, and its summary knows of no fingerprint."""
+    path = copied(model=True)
+    for name in ("config.json", "summary.json"):
+        document = {**read_json(path / name), "schema_version": 1}
+        for key in ("metrics", "model"):
+            document.pop(key, None)
+        (path / name).write_text(json.dumps(document))
+    assert load_run(path).spec.run_id == read_json(path / "summary.json")["run_id"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_file_of_a_newer_version(copied, name):
+    path = copied(model=True)
+    newer = {**read_json(path / name), "schema_version": SCHEMA_VERSION + 1}
+    write_json(path / name, newer)
+    assert f"{name}: schema_version={SCHEMA_VERSION + 1}: " in refusal(path)

@@ -1,81 +1,74 @@
-"""Files of a run: whole or not at all, cut back on resumption; and where results come from."""
+"""The log of a run, cut back on resumption; Weights & Biases; and where results come from."""
 
+import hashlib
 import json
 import re
 import subprocess
 import threading
 import time
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
 import pytest
 
 from bitnet_jax import tracking
-from bitnet_jax.tracking import MetricsLog, Wandb, git_commit, provenance, write_json
+from bitnet_jax.files import SCHEMA_VERSION
+from bitnet_jax.tracking import MetricsLog, Wandb, git_commit, log_begins, provenance
 
-
-@pytest.mark.parametrize(
-    "bad", [{"loss": float("nan")}, {"a": [1, float("inf")]}, {"a": 1, "b": object()}]
-)
-def test_failed_write_leaves_the_old_file(tmp_path, bad):
-    path = tmp_path / "summary.json"
-    write_json(path, {"old": True})
-    with pytest.raises((TypeError, ValueError)):
-        write_json(path, bad)
-    assert json.loads(path.read_text()) == {"old": True}
-
-
-def test_nothing_is_seen_before_the_file_is_whole(tmp_path, monkeypatch):
-    """A crash at the latest moment, just before the rename."""
-    path = tmp_path / "summary.json"
-
-    def crash(self, target):
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "replace", crash)
-        with pytest.raises(KeyboardInterrupt):
-            write_json(path, {"a": 1})
-        assert not path.exists()
-    write_json(path, {"a": 2})
-    assert json.loads(path.read_text()) == {"a": 2}
-    assert path.read_text().endswith("\n")
-    assert [p.name for p in tmp_path.iterdir()] == ["summary.json"]
-
-
-def test_write_json_replaces(tmp_path):
-    path = tmp_path / "config.json"
-    write_json(path, {"long": "x" * 1000})
-    write_json(path, {})
-    assert json.loads(path.read_text()) == {}
+HEADER = {"kind": "header", "schema_version": SCHEMA_VERSION, "run_id": "a-run"}
 
 
 def test_metrics_log_is_cut_back_to_what_was_known(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    log = MetricsLog(path)
-    assert log.bytes == 0
+    log = MetricsLog(path, "a-run")
+    assert log.bytes == 0 == path.stat().st_size, "no line before there is one to tell"
     log.write({"step": 1, "loss": 0.1})
-    known = log.bytes
+    known, digest = log.bytes, log.digest
     assert known == path.stat().st_size, "a line is in the file as soon as it is written"
+    assert digest == hashlib.sha256(path.read_bytes()).hexdigest()
     log.write({"step": 2, "loss": None})
     log.close()
     with open(path, "a") as file:
         file.write('{"step": 3, "lo')
-    log = MetricsLog(path, keep=known)
-    assert log.bytes == known
+    log = MetricsLog(path, "a-run", keep=known)
+    assert (log.bytes, log.digest) == (known, digest)
     log.write({"step": 2, "loss": 0.3})
     log.close()
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    assert lines == [{"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.3}]
+    assert lines == [HEADER, {"step": 1, "loss": 0.1}, {"step": 2, "loss": 0.3}]
+    content = path.read_bytes()
+    assert (log.bytes, log.digest) == (len(content), hashlib.sha256(content).hexdigest())
+
+
+def test_a_log_without_a_header_is_gone_on_with_as_it_is(tmp_path):
+    """From before there were any."""
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n')
+    log = MetricsLog(path, "a-run", keep=12)
+    log.write({"step": 2})
+    log.close()
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
 
 
 def test_metrics_log_takes_only_json(tmp_path):
-    log = MetricsLog(tmp_path / "metrics.jsonl")
+    log = MetricsLog(tmp_path / "metrics.jsonl", "a-run")
     with pytest.raises(ValueError):
         log.write({"loss": float("nan")})
     assert log.bytes == 0
     log.close()
+
+
+def test_how_a_log_begins(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b"one\ntwo\n")
+    one = hashlib.sha256(b"one\n").hexdigest()
+    assert log_begins(path, 4, one) and log_begins(path, 8, None)
+    assert not log_begins(path, 4, hashlib.sha256(b"one").hexdigest())
+    assert not log_begins(path, 9, None), "shorter"
+    path.write_bytes(b"onf\ntwo\n")
+    assert not log_begins(path, 4, one)
+    path.unlink()
+    assert log_begins(path, 0, hashlib.sha256().hexdigest()) and not log_begins(path, 4, one)
 
 
 def test_provenance():

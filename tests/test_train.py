@@ -1,6 +1,7 @@
 """Whole runs: resumption to the bit, endpoints of one trunk, divergence, and what is written."""
 
 import dataclasses
+import hashlib
 import json
 import math
 import subprocess
@@ -18,6 +19,8 @@ from bitnet_jax.checkpoint import Checkpointer, load_model
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import train_batches, validation_rows
 from bitnet_jax.data.batches import TrainBatches
+from bitnet_jax.files import SCHEMA_VERSION, read_json
+from bitnet_jax.fingerprint import fingerprint
 from bitnet_jax.gradient_check import estimator_cosine
 from bitnet_jax.member import SKIPS_TO_DIVERGE
 from bitnet_jax.model import linear_layers
@@ -84,7 +87,7 @@ def undisturbed(launch, tmp_path_factory):
 
 
 def summary(directory):
-    return json.loads((directory / "summary.json").read_text())
+    return read_json(directory / "summary.json")
 
 
 def endpoints(directory):
@@ -96,7 +99,10 @@ def endpoints(directory):
 
 
 def metrics(directory, kind=None):
-    lines = [json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()]
+    """The lines, of one kind or of all; the header is none of them."""
+    _, *lines = [
+        json.loads(line) for line in (directory / "metrics.jsonl").read_text().splitlines()
+    ]
     return [line for line in lines if kind in (None, line["kind"])]
 
 
@@ -900,7 +906,7 @@ def test_evaluation_on_the_way(undisturbed):
 
 def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     result = launch(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
+    config = read_json(tmp_path / "config.json")
     spec = resolve(tiny_config(), tiny_corpus)
     assert config["identity"] == json.loads(json.dumps(spec.identity()))
     assert config["config"]["optim"]["peak_lr"] == 0.01
@@ -910,9 +916,16 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     assert config.keys() == header | {"identity", "config"}
     assert config["run_id"] == result["run_id"] == spec.run_id
     assert result.keys() == header | {
-        "status", "skipped_steps", "rollbacks", "microbatches", "wall_s", "total_flops",
-        "endpoints",
+        "status", "skipped_steps", "rollbacks", "microbatches", "wall_s", "total_flops", "metrics",
+        "model", "endpoints",
     }  # fmt: skip
+    assert result["schema_version"] == config["schema_version"] == SCHEMA_VERSION
+    log = (tmp_path / "metrics.jsonl").read_bytes()
+    assert result["metrics"] == {"bytes": len(log), "sha256": hashlib.sha256(log).hexdigest()}
+    first = {"kind": "header", "schema_version": SCHEMA_VERSION, "run_id": spec.run_id}
+    assert json.loads(log.splitlines()[0]) == first
+    model = load_model(tmp_path, compiled_init(spec.step)(0).params)
+    assert result["model"] == fingerprint(model)
     assert result == summary(tmp_path)
     assert result["status"] == "ok" and result["skipped_steps"] == 0
     assert result["total_flops"] == 44 * 128 * spec.flops_per_token

@@ -34,7 +34,7 @@ from rich.console import Console
 
 from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.errors import ConfigError, choose, require
-from bitnet_jax.tracking import write_json
+from bitnet_jax.files import write_json
 from experiments import display
 from experiments.benchmark import carriers, data, fit, parts, peers, startup, step, sweep, table
 from experiments.benchmark.environment import environment

@@ -10,7 +10,6 @@ Launchers of one sweep, wherever they run, share its folder and its runs by leas
 
 import contextlib
 import dataclasses
-import json
 import signal
 import threading
 import time
@@ -28,6 +27,7 @@ from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
 from experiments.launch.leases import Held, Lease, Leases, look_afresh
 from experiments.plan import Plan, PlannedRun, first_line
+from experiments.summary import read_summary
 
 POLL = 1.0  # seconds between looks at what other launchers hold
 RESULTS = "results"  # the lease on what is written of all runs together; no run's id
@@ -341,7 +341,7 @@ def _outcome(summary: dict[str, Any]) -> str:
 def _outcome_elsewhere(run: PlannedRun) -> str:
     """Of a run that another launcher has finished."""
     try:
-        outcome = _outcome(json.loads((run.directory / "summary.json").read_text()))
+        outcome = _outcome(read_summary(run.directory))
     except (OSError, ValueError, KeyError, TypeError):
         return "done by another launcher"  # what is wrong with it is said when all are collected
     return f"{outcome}, by another launcher"
