@@ -454,7 +454,8 @@ def wait_all(alive):
     return [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in alive]
 
 
-alone = PlannedRun(planned[0].spec, planned[0].config, folder / "lone" / "runs" / planned[0].spec.run_id)
+own = folder / "lone" / "runs" / planned[0].spec.run_id
+alone = PlannedRun(planned[0].spec, planned[0].config, own)
 lone = Plan("tiny", folder / "lone", corpus, (alone,))
 folder.mkdir()
 began, work, seconds = time.monotonic(), seconds, 0.0
