@@ -16,7 +16,9 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
 
+from analysis.arm_pairs import Comparisons, baseline_of, compare_arms
 from analysis.arms import ArmFits, accepted, fit_arms
+from analysis.comparing import Comparison
 from analysis.curves import loss_against_compute
 from analysis.fitting import Fit
 from analysis.tables import (
@@ -40,7 +42,6 @@ if TYPE_CHECKING:
 TABLE_HEADER = (
     "size", "arm", "seed", "tokens", "loss", "bits/byte", "FLOPs", "model bits", "status",
 )  # fmt: skip
-BASELINES = ("fp16", "bf16", "fp32")
 PROVENANCE = ("git_commit", "jax_version", "device")
 _FEW_POINTS = 20
 _REQUIRED = ("run_id", "size", "precision", "seed", "loss", "loss_stderr", "bits_per_byte",
@@ -143,16 +144,21 @@ def _caution(fits: Mapping[str, Fit]) -> str | None:
     return f"{fewest} fitted points an arm: a demonstration, not an answer."
 
 
-def verdict(frame: pd.DataFrame, fits: ArmFits) -> list[str]:
-    """What the endpoints say, in sentences: the paired evidence first, then the fits."""
+def verdict(frame: pd.DataFrame, fits: ArmFits, comparisons: Comparisons) -> list[str]:
+    """What the endpoints say, in sentences: whether the arms follow one law, where that was tested;
+    the paired evidence; then the fits."""
     usable = accepted(fits)
     arms = list(dict.fromkeys(frame["precision"]))
-    baseline = next((arm for arm in BASELINES if arm in arms), None)
-    sentences = []
+    baseline = baseline_of(frame)
+    told = [found.sentence for found in comparisons.values() if isinstance(found, Comparison)]
+    sentences = [sentence[0].upper() + sentence[1:] for sentence in told]
     for treatment in arms:
         if baseline is not None and treatment != baseline:
             sentences += _paired_sentences(frame, baseline, treatment)
             sentences.append(_compute_sentence(frame, usable, baseline, treatment))
+            refused = comparisons.get(treatment)
+            if isinstance(refused, str):
+                sentences.append(f"Whether {treatment} follows {baseline}'s law: {refused}.")
     caution = _caution(usable)
     if caution is not None:
         sentences.append(caution)
@@ -244,7 +250,9 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _document(frame: pd.DataFrame, fits: ArmFits, told: Mapping[str, Any]) -> dict[str, Any]:
+def _document(
+    frame: pd.DataFrame, fits: ArmFits, comparisons: Comparisons, told: Mapping[str, Any]
+) -> dict[str, Any]:
     """What fits.json holds."""
     described = {
         arm: {
@@ -257,9 +265,13 @@ def _document(frame: pd.DataFrame, fits: ArmFits, told: Mapping[str, Any]) -> di
         "schema_version": SCHEMA_VERSION,
         **told,
         "columns": COLUMNS,
-        "verdict": verdict(frame, fits),
+        "verdict": verdict(frame, fits, comparisons),
         "provenance": _provenance(frame),
         "fits": described,
+        "comparison": {
+            arm: found.to_json() if isinstance(found, Comparison) else {"refused": found}
+            for arm, found in comparisons.items()
+        },
     }
 
 
@@ -286,7 +298,8 @@ def write_report(
         told |= _remembered(sweep_dir / "fits.json")
     told |= {key: value for key, value in given.items() if value is not None}
     fits = fit_arms(frame)
-    document = _document(frame, fits, told)
+    comparisons = compare_arms(frame)
+    document = _document(frame, fits, comparisons, told)
     figures = _write_figures(frame, accepted(fits), told["references"], sweep_dir / "figures")
     paths = {"fits": sweep_dir / "fits.json", "report": sweep_dir / "report.html"}
     write_json(paths["fits"], _finite(document))

@@ -25,7 +25,7 @@ def endpoints(seeds: int = 1, ternary_worth: float = 0.8) -> pd.DataFrame:
                         "flops_6nd": 6 * n * d, "loss": loss, "loss_stderr": 0.004,
                         "bits_per_byte": loss / np.log(2), "train_loss": loss - 0.05,
                         "model_bits": n * (1.58 if arm == "ternary" else 16),
-                        "energy_pj_per_token": 1e6, "peak_lr": 3e-3, "batch_tokens": 8192,
+                        "energy_pj_per_token": 2.5 * n, "peak_lr": 3e-3, "batch_tokens": 8192,
                         "schedule": "wsd", "warmup_tokens": 1e5, "status": "ok", "wall_s": 11.0,
                         "device": "cpu", "jax_version": "0.10.2", "git_commit": "abcdef1",
                     })  # fmt: skip

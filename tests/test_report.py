@@ -94,7 +94,7 @@ def test_verdict_states_the_paired_difference():
     table = endpoints()
     wide = table.pivot_table(index=["size", "tokens"], columns="precision", values="loss")
     percent = 100 * ((wide["ternary"] - wide["fp16"]) / wide["fp16"]).mean()
-    sentences = verdict(table, fit_arms(table, bootstrap=0))
+    sentences = verdict(table, fit_arms(table, bootstrap=0), {})
     assert f"{percent:.2f} % above that of fp16" in sentences[0]
     assert "4 pairs of runs" in sentences[1] and "8 pairs of endpoints" in sentences[1]
     assert sentences[2].startswith("At equal training compute")
@@ -176,12 +176,12 @@ def test_runs_that_went_on_under_another_value_are_a_mixture(column):
     """Also where every one of them did, so that the column has a single value."""
     table = endpoints().assign(**{column: "one + two"})
     sentence = f"The endpoints mix 2 values of {column}."
-    assert sentence in verdict(table, fit_arms(table, bootstrap=0))
+    assert sentence in verdict(table, fit_arms(table, bootstrap=0), {})
     table.loc[0, column] = "three"
-    sentences = verdict(table, fit_arms(table, bootstrap=0))
+    sentences = verdict(table, fit_arms(table, bootstrap=0), {})
     assert f"The endpoints mix 3 values of {column}." in sentences
     alone = endpoints()
-    assert not any("mix" in each for each in verdict(alone, fit_arms(alone, bootstrap=0)))
+    assert not any("mix" in each for each in verdict(alone, fit_arms(alone, bootstrap=0), {}))
 
 
 def test_a_table_of_a_newer_version_is_refused(tmp_path, capsys):
