@@ -17,7 +17,7 @@ import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -26,8 +26,10 @@ from analysis.envelope import curves, envelope
 from analysis.isoflop import INTERPOLANTS, Method, isoflop
 from analysis.optima import LEAST_BUDGETS, Allocation, Points, refuse_few_samples
 from analysis.parametric import parametric
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.sensitivity import sensitivity
 from analysis.tables import (
+    COLUMNS,
     AnalysisError,
     count_text,
     finished,
@@ -38,6 +40,10 @@ from analysis.tables import (
     require,
     select,
 )
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 WINDOWS = (4.0, 16.0)  # factors of size about the least loss, for the sensitivity of profiles
 _SHOWN = 3  # notes of an approach, printed for a person
@@ -57,6 +63,29 @@ class Sample:
             raise AnalysisError("profiles at budgets between the points need the runs' names")
         found, labels = curves(self.points, self.runs, count).points()
         return Sample(found, labels, labels)
+
+
+def sample_of(
+    frame: pd.DataFrame,
+    columns: Mapping[str, str] = COLUMNS,
+    loss: str = "loss",
+    *,
+    cluster: str | None = None,
+    run: str | None = None,
+) -> Sample:
+    """Of a table's finished rows; all but `frame` name its columns. AnalysisError as of `points`.
+
+    Undecayed endpoints are refused: they would bend every law.
+    """
+    refuse_undecayed(frame)
+    kept = finished(frame)
+    inputs, losses = points(kept, columns, loss)
+    labels: list[np.ndarray | None] = []
+    for column in (cluster, run):
+        if column is not None:
+            require(kept, column)
+        labels.append(None if column is None else kept[column].astype(str).to_numpy())
+    return Sample(Points(inputs["c"], inputs["n"], inputs["d"], losses), *labels)
 
 
 def compare_approaches(
@@ -127,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--bootstrap", type=int, default=0, metavar="N", help="resamples")
     add("--noise", type=float, default=0.0, metavar="NATS", help="of a loss, for profiles")
     add("--sensitivity", action="store_true", help="and with other choices, one at a time")
+    add_plot(parser, "draw N* and the isoFLOP profiles", "allocation", "profiles")
     add("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -152,18 +182,10 @@ def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None]:
     frame = read_table(args.file)
     if args.where is not None:
         frame = select(frame, args.where)
-    refuse_undecayed(frame)
-    kept = finished(frame)
-    inputs, loss = points(kept, {"n": args.n, "d": args.d, "c": args.c}, args.loss)
-    labels = {}
-    for option in ("cluster", "run"):
-        column = getattr(args, option)
-        if column is not None:
-            require(kept, column)
-            labels[option] = kept[column].astype(str).to_numpy()
-    whole = Points(inputs["c"], inputs["n"], inputs["d"], loss)
-    other = None if args.n_total is None else numbers(kept, args.n_total)
-    return Sample(whole, labels.get("cluster"), labels.get("run")), other
+    columns = {"n": args.n, "d": args.d, "c": args.c}
+    sample = sample_of(frame, columns, args.loss, cluster=args.cluster, run=args.run)
+    other = None if args.n_total is None else numbers(finished(frame), args.n_total)
+    return sample, other
 
 
 def _readable(document: Mapping[str, Any]) -> str:
@@ -197,6 +219,7 @@ def _readable(document: Mapping[str, Any]) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     _refuse_options(args)
+    plot = plot_path(args.plot)
     sample, other = _read(args)
     at = float(sample.points.c.max()) if args.at is None else args.at
     found = compare_approaches(
@@ -214,6 +237,15 @@ def _run(args: argparse.Namespace) -> None:
         "sensitivity": [row.to_json() for row in choices],
     }
     print(json.dumps(document, indent=2) if args.json else _readable(document))
+    if plot is not None:
+        from analysis import figures
+
+        def profiles() -> Figure:
+            own = sample.at_budgets(args.budgets) if args.budgets else sample
+            return figures.isoflop_profiles(own.points)
+
+        drawn = {"allocation": lambda: figures.allocation(found), "profiles": profiles}
+        write_figures(plot, drawn)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -12,11 +12,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from analysis.command import Parser, status
+from analysis.command import Parser, keep_programs, status
 from analysis.comparing import RELEVANT, Comparison, compare
 from analysis.nested import ALLOWED
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.tables import (
     COLUMNS,
     AnalysisError,
@@ -64,6 +66,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="of the loss, that matters",
     )
+    add_plot(parser, "draw the estimates", "multiplier", "cost-ratios", "differences")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -169,9 +172,26 @@ def _readable_estimates(found: Mapping[str, Any]) -> list[str]:
     return lines
 
 
+def comparison(argv: Sequence[str]) -> Comparison:
+    """What the command's arguments ask for, as a notebook takes it; AnalysisError as there."""
+    keep_programs()
+    return _compare_table(_parser().parse_args(argv))
+
+
 def _run(args: argparse.Namespace) -> None:
-    document = _compare_table(args).to_json()
+    plot = plot_path(args.plot)
+    found = _compare_table(args)
+    document = found.to_json()
     print(json.dumps(document, indent=2) if args.json else _readable(document))
+    if plot is not None:
+        from analysis import figures
+
+        drawn = {
+            "multiplier": figures.multiplier,
+            "cost-ratios": figures.cost_ratios,
+            "differences": figures.relative_difference,
+        }
+        write_figures(plot, {name: partial(draw, found) for name, draw in drawn.items()})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

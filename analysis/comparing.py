@@ -38,14 +38,19 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Estimates:
-    """rho_at, iso_loss_rho: (N, D, estimate); the other members by cost."""
+    """rho_at, iso_loss_rho: (N, D, estimate); iso_loss_costs and crossovers by cost."""
 
     rho: Estimate
     rho_at: list[tuple[float, float, Estimate]]
     iso_loss_rho: list[tuple[float, float, Estimate]]
     iso_loss_costs: dict[str, list[CostRatio]]
     crossovers: dict[str, Crossover]
-    largest: Difference
+    differences: list[Difference]
+
+    @property
+    def largest(self) -> Difference:
+        """Of the differences of loss, the one that may be farthest from 0."""
+        return max(self.differences, key=_farthest)
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -229,7 +234,7 @@ def _estimate(arms: TwoArms, draws: Draws) -> Estimates:
         iso_loss_rho=[(*place, x) for place, x in zip(places, iso_loss, strict=True)],
         iso_loss_costs=estimates.iso_loss_costs(arms, draws, curves),
         crossovers=estimates.crossovers(arms, draws, curves),
-        largest=max(estimates.differences(arms, draws), key=_farthest),
+        differences=estimates.differences(arms, draws),
     )
 
 

@@ -22,6 +22,7 @@ from analysis.designs import RATIOS, SAME_RATIO, SEEDS, Design, choose, isoflop,
 from analysis.exchange import Criterion
 from analysis.information import Noise, Setting
 from analysis.laws import Law, get_law
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.tables import COLUMNS, AnalysisError, count_text, numbers, read_table, require
 
 
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--decay_fraction", type=float, default=0.2, help="of an endpoint's tokens")
     parser.add_argument("--flops_per_parameter_token", type=float, default=6.0, metavar="K")
     parser.add_argument("--out", metavar="CSV", help="write the grid, a row an endpoint")
-    parser.add_argument("--plot", metavar="PNG", help="draw the grid")
+    add_plot(parser, "draw the grid")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -74,9 +75,8 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
             raise AnalysisError(f"--{flag}={getattr(args, flag):g}: it must be positive")
     if args.decay_fraction > 1:
         raise AnalysisError(f"--decay_fraction={args.decay_fraction:g}: it is a share, at most 1")
-    for flag, suffix in (("plot", ".png"), ("out", ".csv")):
-        if getattr(args, flag) is not None and Path(getattr(args, flag)).suffix != suffix:
-            raise AnalysisError(f"--{flag}={getattr(args, flag)} does not end in {suffix}")
+    if args.out is not None and Path(args.out).suffix != ".csv":
+        raise AnalysisError(f"--out={args.out} does not end in .csv")
 
 
 def _ratios(args: argparse.Namespace) -> list[float]:
@@ -224,6 +224,7 @@ def _errors(name: str, document: Mapping[str, Any]) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     _refuse_impossible(args)
+    plot = plot_path(args.plot)
     sizes, setting = _sizes(args), _setting(args)
     criterion = _criterion(args, setting.law)
     ratios = _ratios(args)
@@ -238,10 +239,10 @@ def _run(args: argparse.Namespace) -> None:
         import pandas as pd
 
         pd.DataFrame(document["grid"]).to_csv(args.out, index=False)
-    if args.plot is not None:
+    if plot is not None:
         from analysis import plots
 
-        plots.save(plots.design_grid(design), Path(args.plot).with_suffix(""))
+        write_figures(plot, {"": lambda: plots.design_grid(design)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

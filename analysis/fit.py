@@ -12,12 +12,12 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from analysis.command import Parser, status
 from analysis.fitting import Fit, fit
 from analysis.laws import LAWS, get_law
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.solver import OBJECTIVES
 from analysis.tables import (
     AnalysisError,
@@ -60,7 +60,7 @@ def _parser() -> argparse.ArgumentParser:
         "--cluster", metavar="COLUMN", help=f"resample its values whole; default: {RUN}, if there"
     )
     parser.add_argument("--predict", metavar="FILE", help="a table of inputs to predict at")
-    parser.add_argument("--plot", metavar="PNG", help="draw the points and the law")
+    add_plot(parser, "draw the points and the law")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -151,17 +151,15 @@ def _held_out_lines(held_out: Mapping[str, Any] | None) -> list[str]:
 
 
 def _run(args: argparse.Namespace) -> None:
-    columns = _columns(args)
-    if args.plot is not None and Path(args.plot).suffix != ".png":
-        raise AnalysisError(f"--plot={args.plot} does not end in .png")
+    columns, plot = _columns(args), plot_path(args.plot)
     found = _fit_table(args, columns)
     predictions = _predictions(found, args.predict, columns) if args.predict else []
     document = found.to_json() | {"predictions": predictions}
     print(json.dumps(document, indent=2) if args.json else _readable(document))
-    if args.plot is not None:
+    if plot is not None:
         from analysis import plots
 
-        plots.save(plots.law_and_points(found), Path(args.plot).with_suffix(""))
+        write_figures(plot, {"": lambda: plots.law_and_points(found)})
 
 
 def main(argv: Sequence[str] | None = None) -> int:

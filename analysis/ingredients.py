@@ -29,7 +29,8 @@ from scipy import stats
 from scipy.special import digamma, polygamma
 
 from analysis.command import Parser, status
-from analysis.plots import STYLE, save
+from analysis.plots import save
+from analysis.style import STYLE
 from analysis.tables import AnalysisError, finished, numbers, read_table, require, select
 
 if TYPE_CHECKING:

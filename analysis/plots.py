@@ -1,7 +1,4 @@
-"""Figures, one function each; every one returns a matplotlib Figure and `save` writes it.
-
-Colours are Okabe and Ito's (2008), told apart by colour-blind readers; arms differ in marker too.
-"""
+"""Figures, one function each; every one returns a matplotlib Figure and `save` writes it."""
 
 from __future__ import annotations
 
@@ -10,76 +7,44 @@ from collections import Counter
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from textwrap import wrap
+from typing import TYPE_CHECKING
 
 import matplotlib
 import numpy as np
-from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patheffects import withStroke
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from analysis.curves import loss_against_compute
 from analysis.fitting import Fit
 from analysis.information import points as ends
+from analysis.learning_rate import RateCurve, rate_curves
+from analysis.style import (
+    COLOURS,
+    COUNT_COLOURS,
+    DASHES,
+    MARKERS,
+    STYLE,
+    arm_name,
+    arm_styles,
+    as_written,
+    count_axis,
+    count_bar,
+    count_norm,
+    handle,
+    rate_axis,
+)
 from analysis.tables import COLUMNS, count_text, finished
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.axes import Axes
+    from matplotlib.lines import Line2D
 
     from analysis.designs import Design
 
-ARM_NAMES = {
-    "ternary": "ternary (W1.58 A8)",
-    "fp16": "float16",
-    "bf16": "bfloat16",
-    "fp32": "float32",
-}
-_ARM_STYLES = {
-    "ternary": ("#D55E00", "o"),
-    "fp16": ("#0072B2", "s"),
-    "bf16": ("#009E73", "D"),
-    "fp32": ("#555555", "^"),
-}
-_OTHER_STYLES = (("#CC79A7", "v"), ("#E69F00", "P"), ("#56B4E9", "X"), ("#000000", "*"))
-_DASHES = (0, (4, 2.5))
-STYLE: dict[Any, Any] = {
-    "font.size": 10,
-    "axes.labelsize": 10.5,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#ececec",
-    "grid.linewidth": 0.8,
-    "xtick.color": "#444444",
-    "ytick.color": "#444444",
-    "legend.frameon": True,
-    "legend.framealpha": 1.0,
-    "legend.edgecolor": "#dddddd",
-    "legend.fontsize": 9,
-    "svg.hashsalt": "bitnet_jax",
-}
-
-
-def arm_name(arm: str) -> str:
-    """An arm in words, or its own name if it has none."""
-    return ARM_NAMES.get(arm, as_written(arm))
-
-
-def as_written(text: object) -> str:
-    """A word of the data as a label: matplotlib takes what stands between dollars for a formula."""
-    return str(text).replace("$", r"\$")
-
-
-def _arm_styles(arms: list[str]) -> dict[str, tuple[str, str]]:
-    """Colour and marker of each arm; an arm without one of its own takes the next spare."""
-    others = [arm for arm in arms if arm not in _ARM_STYLES]
-    spare = {arm: _OTHER_STYLES[i % len(_OTHER_STYLES)] for i, arm in enumerate(others)}
-    return {arm: _ARM_STYLES.get(arm) or spare[arm] for arm in arms}
+_TITLE = 62  # letters of a line of a title
+_PANELS = 3  # side by side
 
 
 def save(figure: Figure, path: str | Path) -> tuple[Path, Path]:
@@ -109,7 +74,7 @@ def loss_vs_compute(
         figure = Figure(figsize=(7.4, 4.9), layout="constrained")
         axes = figure.add_subplot()
         axes.set_xscale("log")
-        for arm, (colour, marker) in _arm_styles(arms).items():
+        for arm, (colour, marker) in arm_styles(arms).items():
             own = rows[rows["precision"] == arm]
             _draw_runs(axes, own, colour, marker)
             if fits and arm in fits:
@@ -130,28 +95,16 @@ def loss_vs_compute(
 def _legend(arms: list[str], fits: Mapping[str, Fit]) -> list[Line2D]:
     """A marker for each arm and, once, what the lines are."""
     handles = [
-        Line2D(
-            [], [], linestyle="none", marker=marker, color=colour, markersize=6, label=arm_name(arm)
-        )
-        for arm, (colour, marker) in _arm_styles(arms).items()
+        handle(arm_name(arm), linestyle="none", marker=marker, color=colour)
+        for arm, (colour, marker) in arm_styles(arms).items()
     ]
     laws = {found.law.name for found in fits.values()}
     if "power" in laws:
-        handles.append(Line2D([], [], color="#777777", label="fitted power law", linewidth=2))
+        handles.append(handle("fitted power law", linewidth=2))
     if "chinchilla" in laws:
-        handles.append(
-            Line2D([], [], color="#777777", linewidth=2, label="fitted compute-optimal frontier")
-        )
-        handles.append(
-            Line2D(
-                [],
-                [],
-                color="#777777",
-                linewidth=1.3,
-                linestyle=_DASHES,
-                label="where the optimum leaves the observed N or D",
-            )
-        )
+        handles.append(handle("fitted compute-optimal frontier", linewidth=2))
+        beyond = "where the optimum leaves the observed N or D"
+        handles.append(handle(beyond, linewidth=1.3, linestyle=DASHES))
     return handles
 
 
@@ -179,7 +132,7 @@ def _draw_runs(axes: Axes, rows: pd.DataFrame, colour: str, marker: str) -> None
 def _draw_frontier(axes: Axes, rows: pd.DataFrame, found: Fit, colour: str) -> None:
     ends = rows[COLUMNS["c"]].min(), rows[COLUMNS["c"]].max()
     curve = loss_against_compute(found, rows, np.geomspace(*ends, 200))
-    axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, linestyle=_DASHES, zorder=3)
+    axes.plot(curve.compute, curve.loss, color=colour, linewidth=1.3, linestyle=DASHES, zorder=3)
     axes.plot(
         curve.compute,
         np.where(curve.measured, curve.loss, np.nan),
@@ -260,8 +213,7 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
     tokens = np.unique(rows["tokens"])
     drawn = tokens if tokens.size <= 4 else np.geomspace(tokens[0], tokens[-1], 4)
     sizes = np.geomspace(rows[COLUMNS["n"]].min(), rows[COLUMNS["n"]].max(), 100)
-    norm = LogNorm(tokens[0] / 1.05, tokens[-1] * 1.05)
-    colours = matplotlib.colormaps["viridis"]
+    norm = count_norm(tokens)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(0.8 + 3.5 * len(arms), 3.8), layout="constrained")
         panels = figure.subplots(1, len(arms), sharey=True, squeeze=False)[0]
@@ -271,7 +223,7 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
                 axes.plot(
                     sizes,
                     fits[arm].predict({"n": sizes, "d": d}),
-                    color=colours(norm(d)),
+                    color=COUNT_COLOURS(norm(d)),
                     linewidth=1.5,
                     zorder=2,
                 )
@@ -279,7 +231,7 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
                 own[COLUMNS["n"]],
                 own["loss"],
                 c=own["tokens"],
-                cmap=colours,
+                cmap=COUNT_COLOURS,
                 norm=norm,
                 s=38,
                 edgecolors="white",
@@ -287,54 +239,149 @@ def loss_vs_parameters(endpoints: pd.DataFrame, fits: Mapping[str, Fit]) -> Figu
                 zorder=3,
             )
             axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter(FuncFormatter(_tick))
-            axes.xaxis.set_minor_formatter(NullFormatter())
+            count_axis(axes.xaxis)
             axes.set_title(arm_name(arm), fontsize=10.5)
             axes.set_xlabel("non-embedding parameters")
         panels[0].set_ylabel("held-out loss (nats per token)")
-        bar = figure.colorbar(
-            points,
-            ax=list(panels),
-            label="training tokens",
-            pad=0.02,
-            ticks=LogLocator(subs=(1, 2, 5)),
-            format=FuncFormatter(_tick),
-        )
-        bar.minorticks_off()
+        count_bar(figure, points, list(panels), "training tokens")
     return figure
 
 
-def _tick(value: float, _position: int) -> str:
-    return count_text(value)
-
-
 def law_and_points(found: Fit) -> Figure:
-    """Measured against fitted loss, and the relative residuals beneath: any law, any inputs."""
+    """Measured against fitted loss, and the relative residuals beneath: any law, any inputs.
+
+    The groups of a law that has them differ in colour and marker.
+    """
     fitted = found.predict(found.inputs)
+    residuals = 100 * (found.loss / fitted - 1)
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(5.4, 5.4), layout="constrained")
         above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
         ends = [min(fitted.min(), found.loss.min()), max(fitted.max(), found.loss.max())]
         above.plot(ends, ends, color="#999999", linewidth=1)
         below.axhline(0, color="#999999", linewidth=1)
-        residuals = 100 * (found.loss / fitted - 1)
-        for axes, values in ((above, found.loss), (below, residuals)):
-            axes.plot(
-                fitted,
-                values,
-                linestyle="none",
-                marker="o",
-                color="#0072B2",
-                markersize=5,
-                markeredgecolor="white",
-                markeredgewidth=0.6,
-            )
-        above.set_title(found.law.write(found.params), fontsize=10)
+        for label, own, colour, marker in _groups(found):
+            for axes, values in ((above, found.loss), (below, residuals)):
+                axes.plot(
+                    fitted[own],
+                    values[own],
+                    linestyle="none",
+                    marker=marker,
+                    color=colour,
+                    markersize=5,
+                    markeredgecolor="white",
+                    markeredgewidth=0.6,
+                    label=arm_name(label),
+                )
+        if found.law.groups:
+            above.legend(loc="upper left")
+        above.set_title(_equation(found), fontsize=10)
         above.set_ylabel("measured loss (nats per token)")
         below.set_ylabel("residual (%)")
         below.set_xlabel("fitted loss (nats per token)")
     return figure
+
+
+def _groups(found: Fit) -> list[tuple[str, np.ndarray, str, str]]:
+    """Name, points [P], colour and marker of each group, or of all points of a law without any."""
+    if not found.law.groups:
+        return [("", np.ones(found.n_points, bool), COLOURS[0], MARKERS[0])]
+    return [
+        (label, found.inputs["group"] == i, *style)
+        for i, (label, style) in enumerate(arm_styles(found.law.groups).items())
+    ]
+
+
+def _equation(found: Fit) -> str:
+    """In numbers, broken between its parts; beneath, a line for each group of what it has alone."""
+    parts = found.law.write(found.params).split(", ")
+    lines = [", ".join(parts)] if len(", ".join(parts)) <= _TITLE else parts
+    for label in found.law.groups:
+        own = [p for p in found.law.parameters if p.group == label]
+        values = ", ".join(f"{p.name} {found.params[p.full_name]:.4g}" for p in own)
+        lines += [f"{arm_name(label)}: {values}"] if own else []
+    return "\n".join(part for line in lines for part in wrap(line, _TITLE))
+
+
+def loss_vs_rate(frame: pd.DataFrame) -> Figure:
+    """Held-out loss against peak learning rate, a panel a size and budget, an arm a colour.
+
+    The parabola through the best rate and its neighbours is drawn with its optimum, a star; where
+    the best rate is the first or last tried there is neither, and that rate is hollow. Losses are
+    means over seeds. AnalysisError: a missing column, or no finished endpoint.
+    """
+    panels: dict[tuple[float, str, float], list[RateCurve]] = {}
+    for curve in rate_curves(frame):
+        panels.setdefault((curve.n, curve.size, curve.tokens), []).append(curve)
+    styles = arm_styles(sorted({curve.arm for own in panels.values() for curve in own}))
+    width = min(len(panels), _PANELS)
+    shape = -(-len(panels) // width), width
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(1.4 + 2.4 * width, 0.7 + 2.9 * shape[0]), layout="constrained")
+        grid = figure.subplots(*shape, sharex=True, squeeze=False).ravel()
+        for axes, ((_, size, tokens), own) in zip(grid, panels.items(), strict=False):
+            for curve in own:
+                _draw_rates(axes, curve, *styles[curve.arm])
+            axes.set_xscale("log")
+            rate_axis(axes.xaxis)
+            axes.set_title(f"{size}, {count_text(tokens)} tokens", fontsize=10)
+            axes.tick_params(labelbottom=True)
+            axes.set_xlabel("peak learning rate")
+        for axes in grid[len(panels) :]:
+            axes.remove()
+        figure.supylabel("held-out loss (nats per token)", fontsize=10.5)
+        handles = [
+            handle(arm_name(arm), linestyle="none", marker=marker, color=colour)
+            for arm, (colour, marker) in styles.items()
+        ]
+        handles.append(handle("parabola, its optimum", marker="*", markersize=11))
+        if any(curve.parabola is None for own in panels.values() for curve in own):
+            edge = "best at an end: no optimum"
+            handles.append(handle(edge, linestyle="none", marker="o", fillstyle="none"))
+        figure.legend(handles=handles, loc="outside upper center", ncols=2)
+    return figure
+
+
+def _draw_rates(axes: Axes, curve: RateCurve, colour: str, marker: str) -> None:
+    best = int(curve.losses.argmin())
+    inside = curve.parabola is not None
+    axes.plot(curve.rates, curve.losses, color=colour, alpha=0.3, linewidth=1, zorder=2)
+    axes.plot(
+        curve.rates,
+        curve.losses,
+        linestyle="none",
+        color=colour,
+        marker=marker,
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        markevery=[i for i in range(len(curve.rates)) if inside or i != best],
+        zorder=3,
+    )
+    if curve.parabola is None:
+        axes.plot(
+            curve.rates[best],
+            curve.losses[best],
+            color=colour,
+            marker=marker,
+            fillstyle="none",
+            markersize=6.5,
+            markeredgewidth=1.3,
+            zorder=3,
+        )
+        return
+    rates = np.geomspace(curve.rates[best - 1], curve.rates[best + 1], 60)
+    axes.plot(rates, np.polyval(curve.parabola, np.log(rates)), color=colour, linewidth=1.8)
+    axes.plot(
+        curve.optimum,
+        np.polyval(curve.parabola, np.log(curve.optimum)),
+        color=colour,
+        marker="*",
+        markersize=13,
+        markeredgecolor="black",
+        markeredgewidth=0.7,
+        zorder=4,
+    )
 
 
 def design_grid(design: Design) -> Figure:
@@ -355,7 +402,7 @@ def design_grid(design: Design) -> Figure:
         _draw_expected_loss(axes, design)
         for size in np.unique(n):
             own = d[n == size]
-            axes.hlines(size, own.min(), own.max(), color="#0072B2", linewidth=1, zorder=2)
+            axes.hlines(size, own.min(), own.max(), color=COLOURS[0], linewidth=1, zorder=2)
         sizes = {count: 26 * count for count in sorted(set(seeds.values()))}
         for count, area in sizes.items():
             own = np.array([point for point, times in seeds.items() if times == count])
@@ -363,15 +410,14 @@ def design_grid(design: Design) -> Figure:
                 own[:, 1],
                 own[:, 0],
                 s=area,
-                color="#0072B2",
+                color=COLOURS[0],
                 edgecolors="white",
                 linewidths=0.8,
                 label=f"{count} seed{'s' if count > 1 else ''}",
                 zorder=3,
             )
         for axis in (axes.xaxis, axes.yaxis):
-            axis.set_major_formatter(FuncFormatter(_tick))
-            axis.set_minor_formatter(NullFormatter())
+            count_axis(axis)
         axes.set_xlabel("training tokens")
         axes.set_ylabel("non-embedding parameters")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
@@ -410,8 +456,8 @@ def predicted_and_measured(scored: pd.DataFrame) -> Figure:
         axes.vlines(predicted, low, high, color="#bbbbbb", linewidth=3, zorder=2,
                     label="95 % prediction interval")  # fmt: skip
         for chosen, colour, marker, label in (
-            (~outside, "#0072B2", "o", "measured"),
-            (outside, "#D55E00", "X", "measured, outside"),
+            (~outside, COLOURS[0], "o", "measured"),
+            (outside, COLOURS[1], "X", "measured, outside"),
         ):
             if chosen.any():
                 axes.scatter(predicted[chosen], measured[chosen], color=colour, marker=marker,

@@ -19,6 +19,7 @@ from typing import Any
 
 from analysis.command import Parser, status
 from analysis.laws import LAWS, get_law
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.predictions import Request, fingerprints, fit_table, predict_table, sha256
 from analysis.scores import carried, read_predictions, score
 from analysis.solver import OBJECTIVES
@@ -47,7 +48,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--date", help="YYYY-MM-DD, of the file's name; today")
     parser.add_argument("--score", metavar="JSON", help="compare these predictions with FILE")
     parser.add_argument("--match", metavar="COLUMN,...", help="with --score: what names a run")
-    parser.add_argument("--plot", metavar="PNG", help="with --score: draw them")
+    add_plot(parser, "with --score: draw them")
     parser.add_argument("--json", action="store_true", help="with --score: print JSON")
     return parser
 
@@ -127,8 +128,7 @@ def _interval(row: Mapping[str, Any]) -> str:
 
 
 def _score(args: argparse.Namespace) -> None:
-    if args.plot is not None and Path(args.plot).suffix != ".png":
-        raise AnalysisError(f"--plot={args.plot} does not end in .png")
+    plot = plot_path(args.plot)
     if args.out is not None and Path(args.out).exists():
         raise AnalysisError(f"{args.out} is there already")
     results = read_table(args.file)
@@ -142,10 +142,10 @@ def _score(args: argparse.Namespace) -> None:
     print(json.dumps(found.to_json(), indent=2) if args.json else found.readable())
     if args.out is not None:
         _write(Path(args.out), found.to_json())
-    if args.plot is not None:
+    if plot is not None:
         from analysis import plots
 
-        plots.save(plots.predicted_and_measured(found.rows), Path(args.plot).with_suffix(""))
+        write_figures(plot, {"": lambda: plots.predicted_and_measured(found.rows)})
 
 
 def _run(argv: Sequence[str]) -> None:

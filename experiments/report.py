@@ -204,9 +204,17 @@ def _save_figure(figure: Figure, folder: Path, name: str) -> Path:
 
 
 def _write_figures(
-    frame: pd.DataFrame, fits: Mapping[str, Fit], references: Mapping[str, float], folder: Path
+    frame: pd.DataFrame,
+    fits: Mapping[str, Fit],
+    comparisons: Comparisons,
+    references: Mapping[str, float],
+    folder: Path,
 ) -> dict[str, Path]:
-    """The SVG of each figure by name, with its PNG beside it; none without a finished endpoint."""
+    """The SVG of each figure by name, with its PNG beside it; none without a finished endpoint.
+
+    Where several arms were compared with the baseline, the first is drawn.
+    """
+    from analysis import figures as drawings
     from analysis import plots
 
     if finished(frame).empty:
@@ -216,6 +224,10 @@ def _write_figures(
     surfaces = {arm: found for arm, found in fits.items() if found.law.name == "chinchilla"}
     if surfaces:
         figures["loss_vs_parameters"] = plots.loss_vs_parameters(frame, surfaces)
+    for found in comparisons.values():
+        if isinstance(found, Comparison) and found.estimates is not None:
+            for draw in (drawings.relative_difference, drawings.multiplier, drawings.cost_ratios):
+                figures.setdefault(draw.__name__, draw(found))
     return {name: _save_figure(figure, folder, name) for name, figure in figures.items()}
 
 
@@ -300,7 +312,9 @@ def write_report(
     fits = fit_arms(frame)
     comparisons = compare_arms(frame)
     document = _document(frame, fits, comparisons, told)
-    figures = _write_figures(frame, accepted(fits), told["references"], sweep_dir / "figures")
+    figures = _write_figures(
+        frame, accepted(fits), comparisons, told["references"], sweep_dir / "figures"
+    )
     paths = {"fits": sweep_dir / "fits.json", "report": sweep_dir / "report.html"}
     write_json(paths["fits"], _finite(document))
     unfinished = frame[frame["status"] != "ok"][["run_id", "tokens", "status"]]

@@ -42,6 +42,12 @@ _CAPTIONS = {
     "bootstrap intervals over runs. Dotted lines are the n-gram models explained below.",
     "loss_vs_parameters": "Held-out loss against parameters; points and fitted curves are coloured "
     "by their number of training tokens.",
+    "relative_difference": "Relative difference of the arms' losses at each size and budget, by "
+    "laws that share nothing, with 95 % intervals; dashed lines bound what is not relevant.",
+    "multiplier": "What a parameter is worth: the line with its 95 % band lets the multiplier move "
+    "with N and D, the points come of laws that share nothing, at equal loss.",
+    "cost_ratios": "What equal loss costs, each arm with its best split of that cost; hollow where "
+    "a best model lies outside the trained sizes or tokens. Bars are 95 % intervals.",
 }
 
 _REFERENCES = (

@@ -423,6 +423,20 @@ def test_command_prints_the_contract(table, capsys):
     assert {"as given", "C = 6 N D", "other N"} <= {r["choice"] for r in document["sensitivity"]}
 
 
+def test_command_plots_beside_clean_json(table, tmp_path, capsys):
+    plot = f"--plot={tmp_path / 'split'}"
+    assert main([str(table), *OPTIONS, "--run=run", "--budgets=9", plot, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["n_points"] == 95
+    paths = [tmp_path / f"split-{name}" for name in ("allocation", "profiles")]
+    assert captured.err.splitlines() == [f"wrote {path}.png and {path}.svg" for path in paths]
+    assert all(path.with_suffix(f".{kind}").is_file() for path in paths for kind in ("png", "svg"))
+    # Without budgets of their own or asked for, the points are no profiles.
+    assert main([str(table), *OPTIONS, plot]) == 0
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"{paths[1]}: not drawn: no budget has the 3 sizes that akima takes"
+
+
 def test_command_leaves_rows_out_and_adds_noise(table, capsys):
     frame = pd.read_csv(table)
     frame["decayed"] = frame.index != 5
@@ -464,6 +478,7 @@ def test_command_prints_a_table(table, capsys):
         ([*OPTIONS, "--noise=-1", "--bootstrap=20"], "--noise=-1: expected 0 or more"),
         ([*OPTIONS, "--budgets=9"], "--budgets=9: expected 3 or more, and --run=COLUMN with it"),
         ([*OPTIONS, "--budgets=2", "--run=run"], "--budgets=2: expected 3 or more"),
+        ([*OPTIONS, "--plot=absent/split"], "--plot=absent/split: there is no directory absent"),
         ([*OPTIONS, "--n_total=total"], "--n_total is for --sensitivity"),
         ([*OPTIONS, "--n_total=whole", "--sensitivity"], "no column 'whole'"),
     ],

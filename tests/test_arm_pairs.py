@@ -49,6 +49,9 @@ def test_the_report_opens_with_the_verdict(reported):
     assert document["verdict"][0] == "T" + found["sentence"][1:]
     html = paths["report"].read_text()
     assert html.index(found["verdict"]) < html.index("At equal size, tokens and seed")
+    for name in ("relative_difference", "multiplier", "cost_ratios"):
+        assert paths[name].is_file() and paths[name].with_suffix(".svg").is_file()
+    assert html.count("data:image/svg+xml") == 5
 
 
 def test_what_few_runs_cannot_tell_is_refused_at_once():

@@ -331,6 +331,37 @@ def test_command_prints_the_contract(file, capsys):
     assert document["sentence"].startswith("ternary against fp16: ")
 
 
+def test_command_plots_beside_clean_json(file, tmp_path, capsys):
+    options = ("--cost=model_bits", "--bootstrap=0", "--json", f"--plot={tmp_path / 'arms.png'}")
+    assert main([str(file), *ARMS, *options]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["estimates"] is not None
+    paths = [tmp_path / f"arms-{name}" for name in ("multiplier", "cost-ratios", "differences")]
+    assert captured.err.splitlines() == [f"wrote {path}.png and {path}.svg" for path in paths]
+    written = {path.name for path in tmp_path.iterdir()}
+    assert written == {f"{path.name}.{kind}" for path in paths for kind in ("png", "svg")}
+
+
+def test_command_without_estimates_says_what_is_not_drawn(file, tmp_path, capsys):
+    frame = pd.read_csv(file)
+    frame["tokens"] = 100 * frame["params_non_embedding"]
+    frame["loss"] += 1e-6 * frame.index  # no two rows alike
+    path = tmp_path / "fixed.csv"
+    frame.to_csv(path, index=False)
+    assert main([str(path), *ARMS, "--bootstrap=0", f"--plot={tmp_path / 'arms'}"]) == 0
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 3 and not list(tmp_path.glob("*.png"))
+    assert "arms-multiplier: not drawn: no estimates to draw: fp16 has one ratio" in lines[0]
+
+
+def test_command_refuses_a_plot_before_it_computes(file, capsys, monkeypatch):
+    monkeypatch.setattr("analysis.compare.compare", lambda *_, **__: pytest.fail("it computed"))
+    assert main([str(file), *ARMS, "--plot=absent/arms"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err == "error: --plot=absent/arms: there is no directory absent\n"
+
+
 def test_module_is_a_command(file):
     command = [sys.executable, "-m", "analysis.compare", file, "--baseline=fp16"]
     done = subprocess.run(command, capture_output=True, text=True)

@@ -249,7 +249,21 @@ def test_command_bootstraps_where_and_plots(table, tmp_path, capsys):
     )
     shown = capsys.readouterr().out
     assert "14 points, huber" in shown and "predicted loss" in shown and "[" in shown
-    assert png.is_file()
+    assert png.is_file() and png.with_suffix(".svg").is_file()
+
+
+def test_command_plots_the_groups_of_a_law_and_keeps_json_clean(table, tmp_path, capsys):
+    frame = pd.read_csv(table)
+    frame = pd.concat([frame.assign(arm=arm) for arm in ("fp16", "ternary")])
+    frame["loss"] *= np.where(frame["arm"] == "ternary", 1.01, 1.0)
+    frame.to_csv(tmp_path / "arms.csv", index=False)
+    options = ["--law=rho", "--group=arm", "--baseline=fp16", f"--plot={tmp_path / 'rho'}"]
+    assert main([str(tmp_path / "arms.csv"), *COLUMNS, *options, "--json"]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["groups"] == ["fp16", "ternary"]
+    svg = tmp_path / "rho.svg"
+    assert captured.err == f"wrote {tmp_path / 'rho.png'} and {svg}\n"
+    assert (tmp_path / "rho.png").is_file() and svg.is_file()
 
 
 @pytest.mark.parametrize(
@@ -263,7 +277,8 @@ def test_command_bootstraps_where_and_plots(table, tmp_path, capsys):
         ([*COLUMNS, "--where=params > 1e99"], "leaves no rows"),
         ([*COLUMNS, "--bootstrap=-1"], "bootstrap=-1: an interval takes 20"),
         ([*COLUMNS, "--bootstrap=many"], "invalid int value: 'many'"),
-        ([*COLUMNS, "--plot=law.pdf"], "--plot=law.pdf does not end in .png"),
+        ([*COLUMNS, "--plot=law.pdf"], "--plot=law.pdf: expected PATH or PATH.png"),
+        ([*COLUMNS, "--plot=absent/law"], "--plot=absent/law: there is no directory absent"),
         ([*COLUMNS, "--cluster=run"], "no column 'run'"),
         ([*COLUMNS, "--predict=absent.csv"], "absent.csv: no such file"),
         ([], "--loss"),

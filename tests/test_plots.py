@@ -8,6 +8,7 @@ from synthetic_results import SIZES, TRIGRAM, endpoints
 from analysis import plots
 from analysis.arms import accepted, fit_arms
 from analysis.curves import loss_against_compute
+from analysis.fitting import fit
 
 
 @pytest.fixture(scope="module")
@@ -87,6 +88,25 @@ def test_law_and_points(fits):
     above, below = plots.law_and_points(fits["fp16"]).axes
     assert above.get_title().startswith("L = ") and below.get_ylabel() == "residual (%)"
     assert below.get_xlabel() == "fitted loss (nats per token)"
+
+
+def test_groups_of_a_law_differ_and_their_numbers_are_written(table):
+    inputs = {"n": table["params_non_embedding"], "d": table["tokens"], "group": table["precision"]}
+    inputs = {name: column.to_numpy() for name, column in inputs.items()}
+    found = fit("rho", inputs, table["loss"].to_numpy(), baseline="fp16")
+    above, below = plots.law_and_points(found).axes
+    fitted = found.predict(found.inputs)
+    for i, (own, residuals) in enumerate(zip(above.lines[1:], below.lines[1:], strict=True)):
+        chosen = found.inputs["group"] == i
+        np.testing.assert_allclose(own.get_xydata(), np.c_[fitted, found.loss][chosen])
+        expected = 100 * (found.loss / fitted - 1)[chosen]
+        np.testing.assert_allclose(residuals.get_ydata(), expected)
+    labels = [text.get_text() for text in above.get_legend().get_texts()]
+    assert labels == ["float16", "ternary (W1.58 A8)"]
+    assert len({line.get_color() for line in above.lines[1:]}) == 2
+    rho = found.params["rho[ternary]"]
+    assert above.get_title().splitlines()[-1] == f"ternary (W1.58 A8): rho {rho:.4g}"
+    assert max(map(len, above.get_title().splitlines())) <= 62
 
 
 def test_save_writes_both_the_same_way_twice(table, fits, tmp_path):

@@ -284,7 +284,7 @@ def test_dollars_are_drawn_as_dollars():
     from matplotlib.figure import Figure
     from matplotlib.textpath import TextPath
 
-    from analysis.plots import as_written
+    from analysis.style import as_written
 
     text = Figure().text(0, 0, as_written("$\\frac{$"))
     assert text._preprocess_math(text.get_text()) == ("$\\frac{$", False)
