@@ -267,7 +267,11 @@ def cost_ratios(comparison: Comparison) -> Figure:
 
 
 def _cost_legend(costs: Sequence[str]) -> list[Line2D]:
-    names = {"flops": "training FLOPs", "model_bits": "bits of the model"}
+    names = {
+        "flops": "training FLOPs",
+        "model_bits": "bits of the model",
+        "energy_pj_per_token": "energy of a token",
+    }
     handles = [
         handle(
             names.get(cost, cost),

@@ -157,6 +157,8 @@ MISTAKES = {
     "--layers=0": ("layers=0", "at least 1"),
     "--vocab=1": ("vocab=1", "at least 2"),
     "--sequence_length=1": ("sequence_length=1", "at least 2"),
+    "--repeats=1000000000000000000000": ("repeats=1000000000000000000000", "at most 100000"),
+    "--vocab=99999999999": ("vocab=99999999999", "at most 1048576"),
     "--batch_tokens=1000": ("batch_tokens=1000", "multiple of sequence_length=256"),
     "--batch_tokens=0": ("batch_tokens=0", "multiple"),
     "--microbatches=3": ("microbatches=3", "16 sequences"),

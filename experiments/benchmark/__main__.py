@@ -139,7 +139,20 @@ def _suites(options: argparse.Namespace) -> tuple[str, ...]:
     return suites
 
 
+LARGEST = {  # beyond which a number is a slip, or a machine's integers end
+    "sequence_length": 2**20,
+    "batch_tokens": 2**24,
+    "layers": 1000,
+    "vocab": 2**20,
+    "repeats": 100_000,
+    "microbatches": 2**20,
+}
+
+
 def _workload(options: argparse.Namespace) -> Workload:
+    for name, most in LARGEST.items():
+        value = getattr(options, name)
+        require(value is None or value <= most, name, value, f"it must be at most {most}")
     return Workload(
         sizes=_names(options.sizes),
         arms=_names(options.arms),
