@@ -222,5 +222,7 @@ def _users_code(path: str) -> Iterator[None]:
 
 def first_line(error: BaseException) -> str:
     """The first line of an error's message."""
-    text = str(error.args[0]) if error.args else str(error)
+    # A KeyError's text is quoted; an OSError's first argument is a number.
+    plain = error.args and not isinstance(error, OSError)
+    text = str(error.args[0]) if plain else str(error)
     return (text.strip().splitlines() or [type(error).__name__])[0]

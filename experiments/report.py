@@ -165,8 +165,8 @@ def verdict(frame: pd.DataFrame, fits: ArmFits, comparisons: Comparisons) -> lis
     left_out = len(frame) - len(finished(frame))
     if left_out:
         sentences.append(f"{left_out} of {len(frame)} endpoints did not finish and enter no fit.")
-    for column in PROVENANCE:
-        values = _values(frame, column)
+    for column in (*PROVENANCE, "schema_version"):
+        values = _values(frame, column) if column in frame else []
         if len(values) > 1:
             sentences.append(f"The endpoints mix {len(values)} values of {column}.")
     return sentences

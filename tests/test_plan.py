@@ -207,3 +207,16 @@ def test_the_plan_tells_what_branches_save(plan_of, capsys):
     write_summary(run.directory, run.spec)
     total, (again,) = shown(one, two)
     assert "still to do 234M: " in total[0] and again == branches, "of the whole plan, done or not"
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (OSError(17, "File exists", "x"), "[Errno 17] File exists: 'x'"),
+        (KeyError("absent"), "absent"),
+        (ValueError("one\ntwo"), "one"),
+        (ValueError(), "ValueError"),
+    ],
+)
+def test_the_first_line_of_an_error(error, line):
+    assert first_line(error) == line

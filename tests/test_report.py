@@ -171,6 +171,13 @@ def test_a_report_is_not_made_of_what_a_damaged_one_was_told(tmp_path, capsys):
     assert f"schema_version={SCHEMA_VERSION + 1}" in capsys.readouterr().err
 
 
+def test_versions_of_files_are_not_mixed_silently():
+    table = endpoints().assign(schema_version=2)
+    table.loc[0, "schema_version"] = 1
+    sentences = verdict(table, fit_arms(table, bootstrap=0), {})
+    assert "The endpoints mix 2 values of schema_version." in sentences
+
+
 @pytest.mark.parametrize("column", ["git_commit", "jax_version", "device"])
 def test_runs_that_went_on_under_another_value_are_a_mixture(column):
     """Also where every one of them did, so that the column has a single value."""
