@@ -1,7 +1,7 @@
 """The study: what is a ternary parameter worth? Paired arms, each at its own tuned rates.
 
     python -m experiments.run --sweep --config=sweeps/study.py:part=learning_rate \\
-        --workdir=results/study-cpu --config.data.source=corpora/english
+        --workdir=results/study --config.data.source=corpora/english
 
 In order:
   learning_rate  six peak rates for each arm at three small sizes, at two or three budgets
