@@ -34,6 +34,9 @@ RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the default for s
 # results/study-cpu/learning_rate/endpoints.csv`. At 160 the optima lie lower (as D^-.26), in
 # float16 more than in the ternary arm, which costs at most .007 nats there.
 TERNARY_RATE, FLOAT_RATE, RATE_EXPONENT = 4.8e-3, 3.4e-3, -0.60
+# Weight decays with the least loss, averaged over the endpoints of the weight-decay part; 0 and .03
+# are alike in the ternary arm.
+TERNARY_DECAY, FLOAT_DECAY = 0.03, 0.1
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 EXTRA_ARMS: tuple[Point, ...] = (
     {"precision": "ternary", "quantization.activations": "none"},
@@ -126,7 +129,7 @@ def _learning_rate(budget: Budget) -> list[Point]:
 def _weight_decay(budget: Budget) -> list[Point]:
     return product(
         [
-            _run(size, ratios, arm)
+            {**_trunk(size, ratios), **arm, "optim.peak_lr": peak_lr(size, arm)}
             for size, ratios in budget.decayed.items()
             for arm in axis("precision", PAIR)
         ],
@@ -161,7 +164,8 @@ def _held_out(budget: Budget) -> list[Point]:
 
 def _run(size: str, ratios: tuple[float, ...], arm: Point) -> Point:
     """A trunk at the rate and decay that the first two parts found for its arm."""
-    return {**_trunk(size, ratios), **arm, "optim.peak_lr": peak_lr(size, arm)}
+    rates = {"optim.peak_lr": peak_lr(size, arm), "optim.weight_decay": weight_decay(arm)}
+    return {**_trunk(size, ratios), **rates, **arm}
 
 
 def _trunk(size: str, ratios: tuple[float, ...]) -> Point:
@@ -183,3 +187,8 @@ def peak_lr(size: str, arm: Point) -> float:
     """Of an arm at a size."""
     at_1e5 = TERNARY_RATE if get_precision(arm["precision"]).quantized else FLOAT_RATE
     return at_1e5 * (_parameters(size) / 1e5) ** RATE_EXPONENT
+
+
+def weight_decay(arm: Point) -> float:
+    """Of an arm."""
+    return TERNARY_DECAY if get_precision(arm["precision"]).quantized else FLOAT_DECAY

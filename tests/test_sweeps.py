@@ -93,14 +93,16 @@ def test_every_sweep_is_a_plan(planned, tmp_path):
 
 
 def test_arms_are_paired(planned):
-    """Each ternary run has an fp16 twin that differs in the arm and its learning rate alone."""
+    """Each ternary run has an fp16 twin that differs in the arm and its learning rate alone; in the
+    study each arm has a weight decay of its own, too."""
     config, plan = planned
     if config.name in OF_VARIANTS:
         pytest.skip("it has no pairs of arms")
 
     def twin(spec):
         same = spec.step.model, spec.ends, spec.batch_size, spec.schedule
-        return (*same, spec.seed_init, spec.seed_data, spec.weight_decay, spec.step.optimizer)
+        decay = None if config.sweep.get("part") else spec.weight_decay
+        return (*same, spec.seed_init, spec.seed_data, decay, spec.step.optimizer)
 
     arms = {
         name: sorted(
@@ -400,6 +402,13 @@ def test_study_takes_the_rates_that_its_first_part_found():
         assert study.peak_lr("95k", {"precision": arm}) == pytest.approx(
             rate * 0.94976**study.RATE_EXPONENT
         )
+
+
+def test_study_takes_the_decays_that_its_second_part_found():
+    table = read_table(FOLDER.parent / "results/study-cpu/weight_decay/endpoints.csv")
+    for arm in study.PAIR:
+        means = table[table["precision"] == arm].groupby("weight_decay")["loss"].mean()
+        assert means[study.weight_decay({"precision": arm})] < means.min() + 1e-3
 
 
 def ladder_parameters(size):
