@@ -23,23 +23,28 @@ import numpy as np
 
 from analysis.command import Parser, status
 from analysis.envelope import curves, envelope
+from analysis.fitting import refuse_samples
 from analysis.isoflop import INTERPOLANTS, Method, isoflop
-from analysis.optima import LEAST_BUDGETS, Allocation, Points, refuse_few_samples
+from analysis.optima import LEAST_BUDGETS, Allocation, Points
 from analysis.parametric import parametric
 from analysis.sensitivity import sensitivity
 from analysis.tables import (
+    LOSS_HELP,
+    RUN,
     AnalysisError,
+    clusters_of,
     count_text,
-    finished,
+    fitted_rows,
+    labels,
+    mixed_arms,
     numbers,
     points,
     read_table,
-    refuse_undecayed,
-    require,
     select,
 )
 
 WINDOWS = (4.0, 16.0)  # factors of size about the least loss, for the sensitivity of profiles
+MOST_BUDGETS = 1000  # more lie closer than a curve is told
 _SHOWN = 3  # notes of an approach, printed for a person
 
 
@@ -117,11 +122,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", metavar="COLUMN", required=True, help="parameters")
     add("--d", metavar="COLUMN", required=True, help="training tokens")
     add("--c", metavar="COLUMN", required=True, help="training FLOPs")
-    add("--loss", metavar="COLUMN", required=True, help="loss in nats a token")
+    add("--loss", metavar="COLUMN", required=True, help=LOSS_HELP)
     add("--n_total", metavar="COLUMN", help="parameters by another convention, for --sensitivity")
     add("--where", metavar="EXPR", help="rows to use, as 'precision == \"fp16\"'")
-    add("--cluster", metavar="COLUMN", help="resample its values whole: run_id")
-    add("--run", metavar="COLUMN", help="whose rows are one curve: run_id; for the envelope")
+    add("--cluster", metavar="COLUMN", help=f"resample its values whole; default: {RUN}, if there")
+    add("--run", metavar="COLUMN", help=f"whose rows are one curve, as {RUN}; for the envelope")
     add("--budgets", type=int, default=0, metavar="N", help="profiles between the runs' points")
     add("--at", type=float, metavar="FLOPS", help="compute to split; by default the largest")
     add("--bootstrap", type=int, default=0, metavar="N", help="resamples")
@@ -134,41 +139,42 @@ def _parser() -> argparse.ArgumentParser:
 def _refuse_options(args: argparse.Namespace) -> None:
     if args.at is not None and not 0 < args.at < math.inf:
         raise AnalysisError(f"--at={args.at:g}: expected a positive number of FLOPs")
-    if args.noise < 0 or (args.noise and not args.bootstrap):
+    if not 0 <= args.noise < math.inf or (args.noise and not args.bootstrap):
         raise AnalysisError(
             f"--noise={args.noise:g}: expected 0 or more, and --bootstrap=N with it"
         )
+    if args.budgets > MOST_BUDGETS:
+        raise AnalysisError(f"--budgets={args.budgets}: {MOST_BUDGETS} are the most")
     if args.budgets and (args.budgets < LEAST_BUDGETS or args.run is None):
         raise AnalysisError(
             f"--budgets={args.budgets}: expected {LEAST_BUDGETS} or more, and --run=COLUMN with it"
         )
     if args.n_total is not None and not args.sensitivity:
         raise AnalysisError("--n_total is for --sensitivity")
-    refuse_few_samples(args.bootstrap)
+    refuse_samples(args.bootstrap)
 
 
-def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None]:
-    """The sample, and parameters by the other convention."""
+def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None, list[str]]:
+    """The sample, parameters by the other convention, and warnings of the table."""
     frame = read_table(args.file)
     if args.where is not None:
         frame = select(frame, args.where)
-    refuse_undecayed(frame)
-    kept = finished(frame)
-    inputs, loss = points(kept, {"n": args.n, "d": args.d, "c": args.c}, args.loss)
-    labels = {}
-    for option in ("cluster", "run"):
-        column = getattr(args, option)
-        if column is not None:
-            require(kept, column)
-            labels[option] = kept[column].astype(str).to_numpy()
+    kept = fitted_rows(frame)
+    columns = {"n": args.n, "d": args.d, "c": args.c}
+    inputs, loss = points(kept, columns, args.loss, args.cluster)
+    clusters, warnings = clusters_of(kept, args.cluster)
+    runs = None if args.run is None else labels(kept, args.run)
+    arms = mixed_arms(kept) if args.where is None else None
+    mixed = [] if arms is None else [f"{arms}: all are taken for one; choose one with --where"]
     whole = Points(inputs["c"], inputs["n"], inputs["d"], loss)
     other = None if args.n_total is None else numbers(kept, args.n_total)
-    return Sample(whole, labels.get("cluster"), labels.get("run")), other
+    return Sample(whole, clusters, runs), other, [*(warnings if args.bootstrap else ()), *mixed]
 
 
 def _readable(document: Mapping[str, Any]) -> str:
     """The JSON document as lines for a person."""
-    lines = [f"at {document['at']:.4g} FLOPs", f"{'approach':<30}{'N* ~ C^a':<28}{'N*':<10}D*"]
+    lines = [f"warning: {warning}" for warning in document["warnings"]]
+    lines += [f"at {document['at']:.4g} FLOPs", f"{'approach':<30}{'N* ~ C^a':<28}{'N*':<10}D*"]
     for row in document["approaches"]:
         if "refused" in row:
             lines.append(f"{row['approach']:<30}refused: {row['refused']}")
@@ -197,7 +203,7 @@ def _readable(document: Mapping[str, Any]) -> str:
 
 def _run(args: argparse.Namespace) -> None:
     _refuse_options(args)
-    sample, other = _read(args)
+    sample, other, warnings = _read(args)
     at = float(sample.points.c.max()) if args.at is None else args.at
     found = compare_approaches(
         sample,
@@ -206,10 +212,13 @@ def _run(args: argparse.Namespace) -> None:
         noise=args.noise,
         windows=WINDOWS if args.sensitivity else (),
     )
+    if all(row.refused for row in found):
+        raise AnalysisError(f"no approach says anything; {found[-1].approach}: {found[-1].refused}")
     choices = sensitivity(sample.points, at, n_other=other) if args.sensitivity else []
     document = {
         "n_points": int(sample.points.loss.size),
         "at": at,
+        "warnings": warnings,
         "approaches": [row.to_json(at) for row in found],
         "sensitivity": [row.to_json() for row in choices],
     }
