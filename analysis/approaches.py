@@ -23,21 +23,25 @@ import numpy as np
 
 from analysis.command import Parser, status
 from analysis.envelope import curves, envelope
+from analysis.fitting import refuse_samples
 from analysis.isoflop import INTERPOLANTS, Method, isoflop
-from analysis.optima import LEAST_BUDGETS, Allocation, Points, refuse_few_samples
+from analysis.optima import LEAST_BUDGETS, Allocation, Points
 from analysis.parametric import parametric
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.sensitivity import sensitivity
 from analysis.tables import (
     COLUMNS,
+    LOSS_HELP,
+    RUN,
     AnalysisError,
+    clusters_of,
     count_text,
-    finished,
+    fitted_rows,
+    labels,
+    mixed_arms,
     numbers,
     points,
     read_table,
-    refuse_undecayed,
-    require,
     select,
 )
 
@@ -46,6 +50,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WINDOWS = (4.0, 16.0)  # factors of size about the least loss, for the sensitivity of profiles
+MOST_BUDGETS = 1000  # more lie closer than a curve is told
 _SHOWN = 3  # notes of an approach, printed for a person
 
 
@@ -77,15 +82,11 @@ def sample_of(
 
     Undecayed endpoints are refused: they would bend every law.
     """
-    refuse_undecayed(frame)
-    kept = finished(frame)
-    inputs, losses = points(kept, columns, loss)
-    labels: list[np.ndarray | None] = []
-    for column in (cluster, run):
-        if column is not None:
-            require(kept, column)
-        labels.append(None if column is None else kept[column].astype(str).to_numpy())
-    return Sample(Points(inputs["c"], inputs["n"], inputs["d"], losses), *labels)
+    kept = fitted_rows(frame)
+    inputs, losses = points(kept, columns, loss, cluster)
+    clusters, _ = clusters_of(kept, cluster)
+    runs = None if run is None else labels(kept, run)
+    return Sample(Points(inputs["c"], inputs["n"], inputs["d"], losses), clusters, runs)
 
 
 def compare_approaches(
@@ -146,11 +147,11 @@ def _parser() -> argparse.ArgumentParser:
     add("--n", metavar="COLUMN", required=True, help="parameters")
     add("--d", metavar="COLUMN", required=True, help="training tokens")
     add("--c", metavar="COLUMN", required=True, help="training FLOPs")
-    add("--loss", metavar="COLUMN", required=True, help="loss in nats a token")
+    add("--loss", metavar="COLUMN", required=True, help=LOSS_HELP)
     add("--n_total", metavar="COLUMN", help="parameters by another convention, for --sensitivity")
     add("--where", metavar="EXPR", help="rows to use, as 'precision == \"fp16\"'")
-    add("--cluster", metavar="COLUMN", help="resample its values whole: run_id")
-    add("--run", metavar="COLUMN", help="whose rows are one curve: run_id; for the envelope")
+    add("--cluster", metavar="COLUMN", help=f"resample its values whole; default: {RUN}, if there")
+    add("--run", metavar="COLUMN", help=f"whose rows are one curve, as {RUN}; for the envelope")
     add("--budgets", type=int, default=0, metavar="N", help="profiles between the runs' points")
     add("--at", type=float, metavar="FLOPS", help="compute to split; by default the largest")
     add("--bootstrap", type=int, default=0, metavar="N", help="resamples")
@@ -164,33 +165,40 @@ def _parser() -> argparse.ArgumentParser:
 def _refuse_options(args: argparse.Namespace) -> None:
     if args.at is not None and not 0 < args.at < math.inf:
         raise AnalysisError(f"--at={args.at:g}: expected a positive number of FLOPs")
-    if args.noise < 0 or (args.noise and not args.bootstrap):
+    if not 0 <= args.noise < math.inf or (args.noise and not args.bootstrap):
         raise AnalysisError(
             f"--noise={args.noise:g}: expected 0 or more, and --bootstrap=N with it"
         )
+    if args.budgets > MOST_BUDGETS:
+        raise AnalysisError(f"--budgets={args.budgets}: {MOST_BUDGETS} are the most")
     if args.budgets and (args.budgets < LEAST_BUDGETS or args.run is None):
         raise AnalysisError(
             f"--budgets={args.budgets}: expected {LEAST_BUDGETS} or more, and --run=COLUMN with it"
         )
     if args.n_total is not None and not args.sensitivity:
         raise AnalysisError("--n_total is for --sensitivity")
-    refuse_few_samples(args.bootstrap)
+    refuse_samples(args.bootstrap)
 
 
-def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None]:
-    """The sample, and parameters by the other convention."""
+def _read(args: argparse.Namespace) -> tuple[Sample, np.ndarray | None, list[str]]:
+    """The sample, parameters by the other convention, and warnings of the table."""
     frame = read_table(args.file)
     if args.where is not None:
         frame = select(frame, args.where)
     columns = {"n": args.n, "d": args.d, "c": args.c}
     sample = sample_of(frame, columns, args.loss, cluster=args.cluster, run=args.run)
-    other = None if args.n_total is None else numbers(finished(frame), args.n_total)
-    return sample, other
+    kept = fitted_rows(frame)
+    warnings = clusters_of(kept, args.cluster)[1] if args.bootstrap else []
+    arms = mixed_arms(kept) if args.where is None else None
+    mixed = [] if arms is None else [f"{arms}: all are taken for one; choose one with --where"]
+    other = None if args.n_total is None else numbers(kept, args.n_total)
+    return sample, other, [*warnings, *mixed]
 
 
 def _readable(document: Mapping[str, Any]) -> str:
     """The JSON document as lines for a person."""
-    lines = [f"at {document['at']:.4g} FLOPs", f"{'approach':<30}{'N* ~ C^a':<28}{'N*':<10}D*"]
+    lines = [f"warning: {warning}" for warning in document["warnings"]]
+    lines += [f"at {document['at']:.4g} FLOPs", f"{'approach':<30}{'N* ~ C^a':<28}{'N*':<10}D*"]
     for row in document["approaches"]:
         if "refused" in row:
             lines.append(f"{row['approach']:<30}refused: {row['refused']}")
@@ -220,7 +228,7 @@ def _readable(document: Mapping[str, Any]) -> str:
 def _run(args: argparse.Namespace) -> None:
     _refuse_options(args)
     plot = plot_path(args.plot)
-    sample, other = _read(args)
+    sample, other, warnings = _read(args)
     at = float(sample.points.c.max()) if args.at is None else args.at
     found = compare_approaches(
         sample,
@@ -229,10 +237,13 @@ def _run(args: argparse.Namespace) -> None:
         noise=args.noise,
         windows=WINDOWS if args.sensitivity else (),
     )
+    if all(row.refused for row in found):
+        raise AnalysisError(f"no approach says anything; {found[-1].approach}: {found[-1].refused}")
     choices = sensitivity(sample.points, at, n_other=other) if args.sensitivity else []
     document = {
         "n_points": int(sample.points.loss.size),
         "at": at,
+        "warnings": warnings,
         "approaches": [row.to_json(at) for row in found],
         "sensitivity": [row.to_json() for row in choices],
     }

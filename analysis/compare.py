@@ -15,19 +15,22 @@ from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from analysis.command import Parser, keep_programs, status
 from analysis.comparing import RELEVANT, Comparison, compare
 from analysis.nested import ALLOWED
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.tables import (
     COLUMNS,
+    LOSS_HELP,
     AnalysisError,
-    finished,
+    fitted_rows,
+    labels,
     numbers,
     points,
     read_table,
     refuse_undecayed,
-    require,
     select,
 )
 from analysis.two_arms import TwoArms
@@ -36,6 +39,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 DRAWS = 1000
+_EXTRAPOLATED = {True: "", False: "  extrapolated"}  # by whether it was measured
+_EDGE = 1e-6  # relative: of a search that ended where it began
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -45,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--treatment", metavar="ARM", required=True, help="the arm compared to it")
     for name, text in {"n": "parameters", "d": "training tokens", "c": "training FLOPs"}.items():
         parser.add_argument(f"--{name}", metavar="COLUMN", default=COLUMNS[name], help=text)
-    parser.add_argument("--loss", metavar="COLUMN", default="loss", help="loss in nats a token")
+    parser.add_argument("--loss", metavar="COLUMN", default="loss", help=LOSS_HELP)
     parser.add_argument(
         "--arm", metavar="COLUMN", default="precision", help="which arm a row is of"
     )
@@ -64,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
         type=float,
         default=RELEVANT,
         metavar="SHARE",
-        help="of the loss, that matters",
+        help=f"of the loss, that matters; default: {RELEVANT:g}",
     )
     add_plot(parser, "draw the estimates", "multiplier", "cost-ratios", "differences")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -78,39 +83,37 @@ def _rows(args: argparse.Namespace) -> "pd.DataFrame":
     frame = read_table(args.file)
     if args.where is not None:
         frame = select(frame, args.where)
-    require(frame, args.arm)
-    labels = frame[args.arm].astype(str)
+    arms = labels(frame, args.arm)
     for option, label in (("baseline", args.baseline), ("treatment", args.treatment)):
-        if not (labels == label).any():
-            known = ", ".join(dict.fromkeys(labels))
+        if label not in arms:
+            known = ", ".join(dict.fromkeys(arms))
             raise AnalysisError(f"--{option}={label}: column {args.arm!r} has {known}")
-    frame = frame[labels.isin([args.baseline, args.treatment])]
+    frame = frame[np.isin(arms, [args.baseline, args.treatment])]
     refuse_undecayed(frame)
     return frame
 
 
 def _two_arms(args: argparse.Namespace, frame: "pd.DataFrame") -> TwoArms:
-    inputs, loss = points(frame, {name: getattr(args, name) for name in COLUMNS}, args.loss)
-    require(frame, args.cluster)
-    pairs = None
+    columns = {name: getattr(args, name) for name in COLUMNS}
+    inputs, loss = points(frame, columns, args.loss, args.cluster)
+    runs, pairs = labels(frame, args.cluster), None
     if args.pair is not None:
-        columns = args.pair.split(",")
-        require(frame, *columns)
-        pairs = frame[columns].astype(str).agg(" ".join, axis=1).to_numpy()
+        named = [labels(frame, column) for column in args.pair.split(",")]
+        pairs = np.array([" ".join(row) for row in zip(*named, strict=True)], object)
     return TwoArms(
         arms=(args.baseline, args.treatment),
         **inputs,
         costs={column: numbers(frame, column) for column in args.cost},
         loss=loss,
         group=(frame[args.arm].astype(str) == args.treatment).to_numpy(int),
-        runs=frame[args.cluster].astype(str).to_numpy(),
+        runs=runs,
         pairs=pairs,
     )
 
 
 def _compare_table(args: argparse.Namespace) -> Comparison:
     frame = _rows(args)
-    kept = finished(frame)
+    kept = fitted_rows(frame)
     found = compare(
         _two_arms(args, kept),
         objective=args.objective,
@@ -157,10 +160,12 @@ def _readable_estimates(found: Mapping[str, Any]) -> list[str]:
     lines = [f"rho {_interval(found['rho'])}"]
     for kind, text in (("rho_at", "by epm"), ("iso_loss_rho", "by equal loss")):
         for row in found[kind]:
-            lines.append(f"  rho at N {row['n']:.3g}, D {row['d']:.3g} {text} {_interval(row)}")
+            note = _EXTRAPOLATED[row["measured"]]
+            place = f"N {row['n']:.3g}, D {row['d']:.3g}"
+            lines.append(f"  rho at {place} {text} {_interval(row)}{note}")
     for name, rows in found["iso_loss_costs"].items():
         for row in rows:
-            note = "" if row["measured"] else "  extrapolated"
+            note = _EXTRAPOLATED[row["measured"]]
             lines.append(f"  {name} for equal loss {row['loss']:.4g}: x {_interval(row)}{note}")
     for name, row in found["crossovers"].items():
         shares = (
@@ -168,8 +173,21 @@ def _readable_estimates(found: Mapping[str, Any]) -> list[str]:
             f"{row['none_within_reach']:.0%}"
         )
         drawn = found["rho"]["low"] is not None
-        lines.append(f"  as good from {name} {_interval(row)} on{shares if drawn else ''}")
+        lines.append(f"  {_crossover(name, row)}{shares if drawn else ''}")
     return lines
+
+
+def _crossover(name: str, row: Mapping[str, Any]) -> str:
+    """From which cost on the treatment is as good, in words that say what was not measured."""
+    low, high = row["searched"]
+    value, seen = row["value"], row["observed"]
+    if value is None:
+        return f"as good from no {name} on, up to {high:.3g}, the most that was searched"
+    if value <= low * (1 + _EDGE):
+        interval = "" if row["high"] is None else f", 95 % interval up to {row['high']:.4g}"
+        return f"as good at every {name} from {low:.3g} on, the least that was searched{interval}"
+    inside = seen is not None and seen[0] <= value <= seen[1]
+    return f"as good from {name} {_interval(row)} on{_EXTRAPOLATED[inside]}"
 
 
 def comparison(argv: Sequence[str]) -> Comparison:

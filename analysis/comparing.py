@@ -7,7 +7,8 @@ The verdict, from laws nested in one another (analysis/nested.py) and p adjusted
   same         none is, and at every size and budget within what both arms span the 95 % interval
                of the relative difference of loss stays within the relevant size.
   unknown      none is, but a relevant difference is not excluded somewhere; or the design cannot
-               identify each arm's law; or there is no bootstrap.
+               identify each arm's law; or the law of the verdict has a shared parameter at a bound
+               of its range, so that it does not describe the losses; or there is no bootstrap.
 `epm` against `rho` says whether the multiplier moves with N and D; the verdict's words mention it.
 """
 
@@ -18,11 +19,13 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any
 
+import numpy as np
+
 from analysis import estimates
 from analysis.estimates import CostRatio, Crossover, Difference, Draws, Estimate
-from analysis.fitting import LEAST_SAMPLES
+from analysis.fitting import refuse_samples
 from analysis.ingredients import SIGNIFICANT
-from analysis.nested import Ladder, ladder
+from analysis.nested import TESTS, Ladder, ladder, least_draws
 from analysis.tables import AnalysisError, count_text
 from analysis.two_arms import TwoArms
 
@@ -38,11 +41,13 @@ class Verdict(StrEnum):
 
 @dataclass(frozen=True)
 class Estimates:
-    """rho_at, iso_loss_rho: (N, D, estimate); iso_loss_costs and crossovers by cost."""
+    """rho_at, iso_loss_rho: (N, D, estimate) and, of both, whether each arm has points about it on
+    all sides; iso_loss_costs and crossovers by cost."""
 
     rho: Estimate
     rho_at: list[tuple[float, float, Estimate]]
     iso_loss_rho: list[tuple[float, float, Estimate]]
+    measured: list[bool]
     iso_loss_costs: dict[str, list[CostRatio]]
     crossovers: dict[str, Crossover]
     differences: list[Difference]
@@ -55,8 +60,8 @@ class Estimates:
     def to_json(self) -> dict[str, Any]:
         return {
             "rho": self.rho.to_json(),
-            "rho_at": [{"n": n, "d": d, **x.to_json()} for n, d, x in self.rho_at],
-            "iso_loss_rho": [{"n": n, "d": d, **x.to_json()} for n, d, x in self.iso_loss_rho],
+            "rho_at": self._places(self.rho_at),
+            "iso_loss_rho": self._places(self.iso_loss_rho),
             "iso_loss_costs": {
                 name: [
                     {"loss": row.loss, **row.ratio.to_json(), "measured": row.measured}
@@ -71,6 +76,12 @@ class Estimates:
                 **self.largest.relative.to_json(),
             },
         }
+
+    def _places(self, rows: list[tuple[float, float, Estimate]]) -> list[dict[str, Any]]:
+        return [
+            {"n": n, "d": d, **x.to_json(), "measured": measured}
+            for (n, d, x), measured in zip(rows, self.measured, strict=True)
+        ]
 
 
 @dataclass(frozen=True)
@@ -92,13 +103,31 @@ class Comparison:
         return test is not None and test.p_holm is not None and test.p_holm < SIGNIFICANT
 
     @property
-    def verdict(self) -> Verdict:
+    def chosen(self) -> str | None:
+        """The smallest law of the ladder that no test rejects; None where nothing is tested."""
         if self.refused or self.estimates is None or not self.bootstrap:
+            return None
+        for smaller, larger in (("shared_offset", "separate"), ("rho", "shared_offset")):
+            if self.significant(smaller, larger):
+                return larger
+        return "rho" if self.significant("same", "rho") else "same"
+
+    @property
+    def misfit(self) -> str:
+        """Why the chosen law does not describe the losses; empty where it does."""
+        bound = self.ladder.steps[self.chosen].shared_at_bound if self.chosen else []
+        if not bound:
+            return ""
+        ends = "is at a bound of its range" if len(bound) == 1 else "are at bounds of their ranges"
+        return f"the law {self.chosen!r} does not describe these losses: {', '.join(bound)} {ends}"
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.chosen is None or self.estimates is None or self.misfit:
             return Verdict.UNKNOWN
-        beyond = ("rho", "shared_offset"), ("shared_offset", "separate")
-        if any(self.significant(*names) for names in beyond):
+        if self.chosen in ("shared_offset", "separate"):
             return Verdict.DIFFERENT
-        if self.significant("same", "rho"):
+        if self.chosen == "rho":
             return Verdict.MULTIPLIER
         within = self.estimates.largest.reach < self.relevant
         return Verdict.SAME if within else Verdict.UNKNOWN
@@ -113,13 +142,16 @@ class Comparison:
     def _words(self) -> str:
         if self.estimates is None:
             return f" ({'; '.join(self.refused)})"
-        words = f", at a multiplier rho of {_shown(self.estimates.rho)}"
+        if self.misfit:
+            return f" ({self.misfit}; {self._tested})"
+        different = self.verdict is Verdict.DIFFERENT  # then no one multiplier holds
+        words = "" if different else f", at a multiplier rho of {_shown(self.estimates.rho)}"
         if self.refused:
             return f"{words} ({'; '.join(self.refused)})"
         if not self.bootstrap:
             return f"{words} (no bootstrap: neither tests nor intervals)"
         if self.significant("rho", "epm"):
-            words += ", which moves with N and D"
+            words += f", {'whose multiplier of N' if different else 'which'} moves with N and D"
         words += f" ({self._tested})"
         largest = self.estimates.largest
         return (
@@ -193,11 +225,17 @@ def compare(
     difference of loss that matters. AnalysisError for a request that cannot be honoured; what the
     design cannot identify is refused within the comparison, which says why.
     """
-    if bootstrap != 0 and bootstrap < LEAST_SAMPLES:
-        raise AnalysisError(f"bootstrap={bootstrap}: an interval takes {LEAST_SAMPLES} or more")
-    if relevant <= 0:
+    least = least_draws(SIGNIFICANT)
+    if 0 < bootstrap < least:
+        raise AnalysisError(
+            f"bootstrap={bootstrap}: {len(TESTS)} tests at p < {SIGNIFICANT:g} after Holm take "
+            f"{least} or more; with fewer nothing can be significant"
+        )
+    refuse_samples(bootstrap)
+    if not 0 < relevant < math.inf:
         raise AnalysisError(f"relevant={relevant:g}: expected a positive share of the loss")
     ratios, few = arms.fixed_ratios(), arms.few_clusters() if bootstrap else []
+    few += arms.few_budgets()
     if ratios:
         # What shares everything but rho may still be fitted, not what an arm has of its own.
         only: tuple[str, ...] | None = ("same", "rho") if len(ratios) == 1 else ()
@@ -216,7 +254,9 @@ def compare(
         weights = weights[:0]
     if arms.pairs is not None and arms.unpaired:
         warnings.append(f"{arms.unpaired} pairs have one arm only")
-    estimated = _estimate(arms, Draws.of(arms, found, weights))
+    # A law at the bounds of its range has no finite optimum: infinity and NaN are told as such.
+    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
+        estimated = _estimate(arms, Draws.of(arms, found, weights))
     return Comparison(
         arms, objective, bootstrap, found, estimated, relevant, tuple(few), tuple(warnings)
     )
@@ -232,6 +272,7 @@ def _estimate(arms: TwoArms, draws: Draws) -> Estimates:
         rho=estimates.rho(arms, draws),
         rho_at=[(*place, x) for place, x in zip(places, moving, strict=True)],
         iso_loss_rho=[(*place, x) for place, x in zip(places, iso_loss, strict=True)],
+        measured=estimates.surrounded(arms, n, d),
         iso_loss_costs=estimates.iso_loss_costs(arms, draws, curves),
         crossovers=estimates.crossovers(arms, draws, curves),
         differences=estimates.differences(arms, draws),

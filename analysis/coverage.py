@@ -26,6 +26,7 @@ from analysis.tables import AnalysisError
 
 ARMS = ("baseline", "treatment")
 TRUTH = {"E": 1.2, "A": 30.0, "B": 200.0, "alpha": 0.3, "beta": 0.33, "rho[treatment]": 0.6}
+MOST_LOSSES = 2 * 10**8  # 1.6 GB for each array of them
 _Z_95 = 1.959963984540054
 
 
@@ -143,16 +144,31 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _run(args: argparse.Namespace) -> None:
-    if args.objective not in OBJECTIVES:
-        raise AnalysisError(f"--objective={args.objective}: choose one of {', '.join(OBJECTIVES)}")
+def _refuse_options(args: argparse.Namespace) -> None:
     for name, least in (("seeds", 1), ("replicates", LEAST_SAMPLES), ("bootstrap", LEAST_SAMPLES)):
         if getattr(args, name) < least:
             raise AnalysisError(f"--{name}={getattr(args, name)}: at least {least}")
-    if len(args.sizes) < 3 or len(args.ratios) < 3 or min(*args.sizes, *args.ratios) <= 0:
-        raise AnalysisError("--sizes and --ratios: three or more positive numbers each")
-    if min(args.run_noise, args.point_noise) < 0 or args.run_noise + args.point_noise == 0:
-        raise AnalysisError("--run_noise and --point_noise: not negative, and not both 0")
+    for name in ("sizes", "ratios"):
+        values = getattr(args, name)
+        if len(set(values)) < 3 or len(set(values)) < len(values):
+            raise AnalysisError(f"--{name}: three or more positive numbers, all different")
+        if not all(0 < value < math.inf for value in values):
+            raise AnalysisError(f"--{name}: three or more positive numbers, all different")
+    noises = args.run_noise, args.point_noise
+    if not all(0 <= noise < 1 for noise in noises) or sum(noises) == 0:
+        raise AnalysisError("--run_noise and --point_noise: not negative, below 1 and not both 0")
+    count = len(ARMS) * len(args.sizes) * len(args.ratios) * args.seeds
+    if count * args.replicates * args.bootstrap > MOST_LOSSES:
+        raise AnalysisError(
+            f"{count} points of {args.replicates} sweeps, resampled {args.bootstrap} times, are "
+            f"more than {MOST_LOSSES:.0e} losses: take fewer --replicates, --bootstrap or --seeds"
+        )
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.objective not in OBJECTIVES:
+        raise AnalysisError(f"--objective={args.objective}: choose one of {', '.join(OBJECTIVES)}")
+    _refuse_options(args)
     design = Design(args.sizes, args.ratios, args.seeds, args.run_noise, args.point_noise)
     found = study(
         design, objective=args.objective, replicates=args.replicates, bootstrap=args.bootstrap

@@ -18,19 +18,36 @@ from pathlib import Path
 from typing import Any
 
 from analysis.command import Parser, status
-from analysis.designs import RATIOS, SAME_RATIO, SEEDS, Design, choose, isoflop, rows, same_ratio
+from analysis.designs import (
+    MOST_SEEDS,
+    RATIOS,
+    SAME_RATIO,
+    SEEDS,
+    Design,
+    choose,
+    isoflop,
+    rows,
+    same_ratio,
+)
 from analysis.exchange import Criterion
-from analysis.information import Noise, Setting
+from analysis.information import Grid, Noise, Setting
 from analysis.laws import Law, get_law
 from analysis.plot_option import add_plot, plot_path, write_figures
-from analysis.tables import COLUMNS, AnalysisError, count_text, numbers, read_table, require
+from analysis.scores import read_json
+from analysis.tables import COLUMNS, AnalysisError, count_text, labels, numbers, read_table
+
+FLOPS = "training_flops_per_token"  # of the ladder
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m analysis.design", description="Choose a grid for a budget.")
     parser.add_argument("--budget", type=float, required=True, metavar="FLOPS", help="in all arms")
     parser.add_argument("--sizes", metavar="NAME:N,...", help="N parameters; alone, of the ladder")
-    parser.add_argument("--ladder", metavar="FILE", help="a table of size, params_non_embedding")
+    parser.add_argument(
+        "--ladder",
+        metavar="FILE",
+        help="a table of size, params_non_embedding and, if known, training_flops_per_token",
+    )
     parser.add_argument("--fit", metavar="JSON", help="what `analysis.fit --json` printed")
     parser.add_argument("--law", help="without --fit; a law of n and d, such as rho")
     parser.add_argument("--params", metavar="NAME=X,...", help="its parameters, as rho[ternary]=.5")
@@ -50,7 +67,12 @@ def _parser() -> argparse.ArgumentParser:
                         help="tokens a parameter")  # fmt: skip
     parser.add_argument("--seeds", type=int, default=SEEDS, help="at most, of a size")
     parser.add_argument("--decay_fraction", type=float, default=0.2, help="of an endpoint's tokens")
-    parser.add_argument("--flops_per_parameter_token", type=float, default=6.0, metavar="K")
+    parser.add_argument(
+        "--flops_per_parameter_token",
+        type=float,
+        metavar="K",
+        help="C = K N D; default: the ladder's FLOPs a token, or 6",
+    )
     parser.add_argument("--out", metavar="CSV", help="write the grid, a row an endpoint")
     add_plot(parser, "draw the grid")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -71,8 +93,11 @@ def _floats(flag: str, text: str, count: int | None = None) -> list[float]:
 def _refuse_impossible(args: argparse.Namespace) -> None:
     positive = ("budget", "decay_fraction", "flops_per_parameter_token", "seeds")
     for flag in positive:
-        if not 0 < getattr(args, flag) < math.inf:
+        value = getattr(args, flag)
+        if value is not None and not 0 < value < math.inf:
             raise AnalysisError(f"--{flag}={getattr(args, flag):g}: it must be positive")
+    if args.seeds > MOST_SEEDS:
+        raise AnalysisError(f"--seeds={args.seeds}: {MOST_SEEDS} are the most")
     if args.decay_fraction > 1:
         raise AnalysisError(f"--decay_fraction={args.decay_fraction:g}: it is a share, at most 1")
     if args.out is not None and Path(args.out).suffix != ".csv":
@@ -81,14 +106,14 @@ def _refuse_impossible(args: argparse.Namespace) -> None:
 
 def _ratios(args: argparse.Namespace) -> list[float]:
     ratios = sorted(set(_floats("ratios", args.ratios)))
-    if not ratios[0] > 0:
+    if not all(0 < ratio < math.inf for ratio in ratios):
         raise AnalysisError(f"--ratios={args.ratios}: they must be positive")
     return ratios
 
 
 def _sizes(args: argparse.Namespace) -> dict[str, float]:
     """Parameters of each candidate size."""
-    ladder = _ladder(args.ladder) if args.ladder else {}
+    ladder = {} if args.ladder is None else _ladder(args.ladder, COLUMNS["n"])
     if args.sizes is None:
         if not ladder:
             raise AnalysisError("give --sizes=NAME:PARAMETERS,... or --ladder=FILE")
@@ -98,6 +123,8 @@ def _sizes(args: argparse.Namespace) -> dict[str, float]:
         name, colon, count = item.partition(":")
         if colon:
             sizes[name] = _floats("sizes", count, 1)[0]
+            if not 1 <= sizes[name] < math.inf:
+                raise AnalysisError(f"--sizes: {item!r}: parameters are a positive number")
         elif name in ladder:
             sizes[name] = ladder[name]
         else:
@@ -106,10 +133,41 @@ def _sizes(args: argparse.Namespace) -> dict[str, float]:
     return sizes
 
 
-def _ladder(path: str) -> dict[str, float]:
+def _ladder(path: str, column: str) -> dict[str, float]:
+    """A column of each size; the arms of a size agree in it."""
     frame = read_table(path)
-    require(frame, "size")
-    return dict(zip(frame["size"].astype(str), numbers(frame, COLUMNS["n"]).tolist(), strict=True))
+    names, values = labels(frame, "size"), numbers(frame, column).tolist()
+    found: dict[str, float] = {}
+    for name, value in zip(names, values, strict=True):
+        if found.setdefault(name, value) != value:
+            raise AnalysisError(f"{path}: size {name!r} has {column} {found[name]:g} and {value:g}")
+    return found
+
+
+def _flops_per_token(args: argparse.Namespace) -> dict[str, float]:
+    """Of the ladder's sizes; empty where it does not say, or the user says what a token costs."""
+    if args.ladder is None or args.flops_per_parameter_token is not None:
+        return {}
+    known = FLOPS in read_table(args.ladder)
+    return _ladder(args.ladder, FLOPS) if known else {}
+
+
+def _assumed(setting: Setting, grid: Grid, ladder: str | None) -> str:
+    """What a token is taken to cost, in words."""
+    by_ladder = [run.size in setting.flops_per_token for run in grid]
+    words = []
+    if any(by_ladder):
+        known = setting.flops_per_token
+        ratios = [known[run.size] / (6 * run.n) for run in grid if run.size in known]
+        words.append(
+            f"{FLOPS} of {ladder}, {min(ratios):.3g} to {max(ratios):.3g} times 6 N, for the "
+            "vocabulary and sequence length that it was made for"
+        )
+    if not all(by_ladder):
+        words.append(
+            f"{setting.flops_per_parameter_token:g} N, with neither attention nor embeddings"
+        )
+    return "; of other sizes ".join(words)
 
 
 def _setting(args: argparse.Namespace) -> Setting:
@@ -118,6 +176,8 @@ def _setting(args: argparse.Namespace) -> Setting:
         raise AnalysisError("give --fit=JSON, or --law=NAME with --params=NAME=X,...")
     noise = None if args.noise is None else Noise(*_floats("noise", args.noise, 2))
     if args.fit is not None:
+        if args.baseline is not None:
+            raise AnalysisError(f"--baseline={args.baseline}: the fit has its own")
         document = _read_fit(args.fit)
         law, params = _bound(document["law"], document["groups"]), document["params"]
         each = math.sqrt(document["rms_log_residual"] ** 2 / 2)
@@ -125,11 +185,18 @@ def _setting(args: argparse.Namespace) -> Setting:
     else:
         pairs = [item.partition("=") for item in args.params.split(",")]
         params = {name: _floats("params", value, 1)[0] for name, _, value in pairs}
-        labels = re.findall(r"\[([^]]+)\]", args.params)
-        law = _bound(args.law, list(dict.fromkeys([args.baseline or "baseline", *labels])))
+        groups = re.findall(r"\[([^]]+)\]", args.params)
+        law = _bound(args.law, list(dict.fromkeys([args.baseline or "baseline", *groups])))
+        if args.baseline is not None and not law.groups:
+            raise AnalysisError(f"--baseline={args.baseline}: {law.name!r} has no groups")
+        for name in params:
+            if name not in law.names:
+                known = ", ".join(law.names)
+                raise AnalysisError(f"--params: {law.name!r} has no {name!r}; it has {known}")
     if noise is None:
         raise AnalysisError("give --noise=RUN,END, or a --fit with residuals")
-    return Setting(law, params, noise, args.flops_per_parameter_token, args.decay_fraction)
+    k = 6.0 if args.flops_per_parameter_token is None else args.flops_per_parameter_token
+    return Setting(law, params, noise, k, args.decay_fraction, _flops_per_token(args))
 
 
 def _bound(name: str, labels: Sequence[str]) -> Law:
@@ -142,13 +209,21 @@ _FIT = {"law", "params", "groups", "rms_log_residual"}
 
 
 def _read_fit(path: str) -> dict[str, Any]:
-    try:
-        document = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise AnalysisError(f"{path}: it is no JSON ({error})") from error
+    document = read_json(path)
     if not isinstance(document, dict) or not document.keys() >= _FIT:
         raise AnalysisError(f"{path}: it is not what `python -m analysis.fit --json` prints")
+    params, groups, rms = (document[name] for name in ("params", "groups", "rms_log_residual"))
+    numeric = isinstance(params, dict) and all(map(_is_number, params.values()))
+    named = isinstance(groups, list) and all(isinstance(label, str) for label in groups)
+    if not (isinstance(document["law"], str) and numeric and named):
+        raise AnalysisError(f"{path}: law, params or groups are not a fit's")
+    if not _is_number(rms) or rms < 0:
+        raise AnalysisError(f"{path}: rms_log_residual is {rms!r:.40}, not a number of 0 or more")
     return document
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _criterion(args: argparse.Namespace, law: Law) -> Criterion:
@@ -188,6 +263,7 @@ def _document(
         "parameters": [law.names[i] for i in design.criterion.indices],
         "noise": {"run": design.setting.noise.run, "endpoint": design.setting.noise.endpoint},
         "budget": args.budget,
+        "flops_per_token": _assumed(design.setting, design.grid, args.ladder),
         **design.to_json(),
         "grid": rows(design.grid),
         "compared": compared,
@@ -202,6 +278,7 @@ def _readable(document: Mapping[str, Any]) -> str:
     lines = [f"{count_text(document['cost'])} of {count_text(document['budget'])} FLOPs"]
     for (size, seed), tokens in runs.items():
         lines.append(f"  {size:<6} seed {seed}  {' '.join(map(count_text, tokens))} tokens")
+    lines.append(f"training on a token is taken to cost {document['flops_per_token']}")
     noise = document["noise"]
     lines.append(
         f"noise of log loss: {noise['run']:.3g} a run, {noise['endpoint']:.3g} an endpoint"

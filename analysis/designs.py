@@ -22,6 +22,7 @@ from analysis.tables import AnalysisError, count_text
 
 RATIOS = (5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)  # tokens a parameter
 SEEDS = 5
+MOST_SEEDS = 100  # of a size: the search tries every number of them
 SAME_RATIO = 20.0  # Hoffmann et al. 2022, table 3
 ISOFLOP_STEPS = (0.5, 0.8, 1.25, 2.0)  # budgets of an isoFLOP grid, as sweeps/isoflop.py has them
 
@@ -125,12 +126,13 @@ def isoflop(
     best. None where there is none.
     """
     names = sorted(sizes, key=lambda size: sizes[size])
+    setting = design.setting
     spans = itertools.combinations(range(len(names) + 1), 2)
     found = []
     for (first, last), count in itertools.product(spans, range(1, seeds + 1)):
         chosen = {name: sizes[name] for name in names[first:last]}
-        unit = design.cost / sum(map(design.setting.cost, _isoflop(chosen, 1.0) * count))
-        grid = _isoflop(chosen, unit) * count
+        unit = design.cost / sum(map(setting.cost, _isoflop(setting, chosen, 1.0) * count))
+        grid = _isoflop(setting, chosen, unit) * count
         reached = [d / n for n, d in points(grid)]
         if min(ratios) <= min(reached) and max(reached) <= max(ratios):
             found.append(replace(design, grid=grid))
@@ -138,10 +140,11 @@ def isoflop(
     return min(found, key=lambda other: other.log_value, default=None)
 
 
-def _isoflop(sizes: Mapping[str, float], unit: float) -> Grid:
-    """Each size once, with unit times ISOFLOP_STEPS parameters times tokens."""
+def _isoflop(setting: Setting, sizes: Mapping[str, float], unit: float) -> Grid:
+    """Each size once, at unit times ISOFLOP_STEPS FLOPs."""
     return tuple(
-        Run(s, n, tuple(step * unit / n for step in ISOFLOP_STEPS)) for s, n in sizes.items()
+        Run(s, n, tuple(step * unit / setting.token_cost(s, n) for step in ISOFLOP_STEPS))
+        for s, n in sizes.items()
     )
 
 

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
+from analysis.fitting import refuse_samples
 from analysis.intervals import resamples
-from analysis.optima import Allocation, Points, no_intervals, power_law, refuse_few_samples
+from analysis.optima import Allocation, Points, no_intervals, power_law
 from analysis.tables import AnalysisError
 
 BUDGETS = 1500  # of the grid, as in Hoffmann et al.
@@ -109,7 +110,7 @@ def envelope(
     by a share 1 / m^2. Intervals come from `bootstrap` resamples of runs, or of `clusters` [P] of
     them. AnalysisError where runs are no curves, or fewer than LEAST_SIZES are best somewhere.
     """
-    refuse_few_samples(bootstrap)
+    refuse_samples(bootstrap)
     of = curves(points, run, count)
     found = best(of, np.ones(len(of.n), bool))
     inside = np.flatnonzero(found.bracketed)

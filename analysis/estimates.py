@@ -6,6 +6,7 @@ draws of whole clusters. Nothing is told beyond what was measured without a flag
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +22,7 @@ from analysis.solver import refit
 from analysis.tables import AnalysisError
 from analysis.two_arms import TwoArms
 
+_ROUNDING = 1e-9  # of log sizes and tokens
 _LOSSES = 5  # at which costs are compared
 _TAILS = 1 - (INTERVAL[1] - INTERVAL[0]) / 100  # of the draws, outside an interval
 
@@ -91,6 +93,19 @@ def probes(arms: TwoArms) -> tuple[np.ndarray, np.ndarray]:
     axes = [np.array([low, np.sqrt(low * high), high]) for low, high in ends]
     n, d = np.meshgrid(*axes, indexing="ij")
     return n.ravel(), d.ravel()
+
+
+def surrounded(arms: TwoArms, n: np.ndarray, d: np.ndarray) -> list[bool]:
+    """Whether each arm has points in all four quadrants about sizes and tokens [X]: else what is
+    told there is extrapolated, as at the corners of a range that runs trained along its diagonal.
+    """
+    inside = np.ones(n.size, bool)
+    for own in map(arms.inputs_of, (0, 1)):
+        side_n, side_d = (np.log(own[k])[:, None] - np.log(x) for k, x in (("n", n), ("d", d)))
+        for sign_n, sign_d in itertools.product((1, -1), repeat=2):
+            there = (sign_n * side_n >= -_ROUNDING) & (sign_d * side_d >= -_ROUNDING)
+            inside &= there.any(axis=0)
+    return inside.tolist()
 
 
 def rho(arms: TwoArms, draws: Draws) -> Estimate:

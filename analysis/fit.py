@@ -12,7 +12,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from analysis.command import Parser, status
 from analysis.fitting import Fit, fit
@@ -20,17 +20,20 @@ from analysis.laws import LAWS, get_law
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.solver import OBJECTIVES
 from analysis.tables import (
+    LOSS_HELP,
+    RUN,
     AnalysisError,
-    finished,
+    clusters_of,
+    fitted_rows,
+    mixed_arms,
+    plausible_inputs,
     points,
-    read_inputs,
     read_table,
-    refuse_undecayed,
-    require,
     select,
 )
 
-RUN = "run_id"
+if TYPE_CHECKING:
+    import pandas as pd
 
 _INPUTS = {
     "n": "parameters",
@@ -52,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     for name, text in _INPUTS.items():
         parser.add_argument(f"--{name}", metavar="COLUMN", help=text)
     parser.add_argument("--baseline", metavar="GROUP", help="the group that others are worth in")
-    parser.add_argument("--loss", metavar="COLUMN", required=True, help="loss in nats a token")
+    parser.add_argument("--loss", metavar="COLUMN", required=True, help=LOSS_HELP)
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'precision == \"fp16\"'")
     parser.add_argument("--objective", default="huber", help=f"one of {', '.join(OBJECTIVES)}")
     parser.add_argument("--bootstrap", type=int, default=0, metavar="N", help="resamples")
@@ -78,36 +81,55 @@ def _fit_table(args: argparse.Namespace, columns: Mapping[str, str]) -> Fit:
     frame = read_table(args.file)
     if args.where is not None:
         frame = select(frame, args.where)
-    refuse_undecayed(frame)
-    kept = finished(frame)
-    inputs, loss = points(kept, columns, args.loss)
-    # Endpoints of one run share its trunk: they are no independent points.
-    cluster = args.cluster or (RUN if RUN in kept else None)
-    if cluster is not None:
-        require(kept, cluster)
+    kept = fitted_rows(frame)
+    inputs, loss = points(kept, columns, args.loss, args.cluster)
+    clusters, warnings = clusters_of(kept, args.cluster)
     found = fit(
         args.law,
         inputs,
         loss,
         objective=args.objective,
         bootstrap=args.bootstrap,
-        clusters=None if cluster is None else kept[cluster].to_numpy(),
+        clusters=clusters,
         baseline=args.baseline,
     )
-    if len(kept) == len(frame):
-        return found
-    left_out = f"left out {len(frame) - len(kept)} endpoints that diverged, failed or did not decay"
-    return replace(found, warnings=(*found.warnings, left_out))
+    warnings = (*warnings, *_doubts_of_arms(args, kept, found))
+    if len(kept) < len(frame):
+        count = len(frame) - len(kept)
+        warnings += (f"left out {count} endpoints that diverged, failed or did not decay",)
+    return replace(found, warnings=(*found.warnings, *warnings))
 
 
-def _predictions(found: Fit, path: str, columns: Mapping[str, str]) -> list[dict[str, Any]]:
-    inputs = found.encoded(read_inputs(read_table(path), columns))
+def _doubts_of_arms(args: argparse.Namespace, kept: "pd.DataFrame", found: Fit) -> tuple[str, ...]:
+    """A warning of arms under one law; AnalysisError where they leave its parameters arbitrary."""
+    arms = mixed_arms(kept) if args.where is None and args.group is None else None
+    if arms is None:
+        return ()
+    if found.undetermined:
+        raise AnalysisError(
+            f"{arms}: one law of all of them is arbitrary ({', '.join(found.undetermined)} are not "
+            "determined); choose one arm with --where, or a law of arms with --group"
+        )
+    return (
+        f"{arms}: one law is fitted to all of them; choose one arm with --where, or a law of arms "
+        "with --group",
+    )
+
+
+def _predictions(
+    found: Fit, path: str, columns: Mapping[str, str]
+) -> tuple[list[dict[str, Any]], list[str]]:
+    """A row a prediction, and warnings of those beyond the fitted range."""
+    inputs = found.encoded(plausible_inputs(read_table(path), columns))
+    beyond = [f"predictions: {warning}" for warning in found.beyond(inputs)]
     losses = found.predict(inputs)
     interval = found.predict_interval(inputs)
     if interval is None:
-        return [{"loss": float(loss), "low": None, "high": None} for loss in losses]
+        return [{"loss": float(loss), "low": None, "high": None} for loss in losses], beyond
     rows = zip(losses, *interval, strict=True)
-    return [{"loss": float(x), "low": float(low), "high": float(high)} for x, low, high in rows]
+    return [
+        {"loss": float(x), "low": float(low), "high": float(high)} for x, low, high in rows
+    ], beyond
 
 
 def _readable(document: Mapping[str, Any]) -> str:
@@ -153,8 +175,10 @@ def _held_out_lines(held_out: Mapping[str, Any] | None) -> list[str]:
 def _run(args: argparse.Namespace) -> None:
     columns, plot = _columns(args), plot_path(args.plot)
     found = _fit_table(args, columns)
-    predictions = _predictions(found, args.predict, columns) if args.predict else []
-    document = found.to_json() | {"predictions": predictions}
+    document = found.to_json() | {"predictions": []}
+    if args.predict is not None:
+        document["predictions"], beyond = _predictions(found, args.predict, columns)
+        document["warnings"] += beyond
     print(json.dumps(document, indent=2) if args.json else _readable(document))
     if plot is not None:
         from analysis import plots

@@ -6,15 +6,24 @@ from typing import Any
 
 import numpy as np
 
-from analysis.identify import doubts, fixed_ratio, refuse_unidentified, unidentified
+from analysis.identify import (
+    doubts,
+    few_levels,
+    fixed_ratio,
+    refuse_unidentified,
+    undetermined,
+    unidentified,
+)
 from analysis.intervals import bootstrap as resampled
 from analysis.intervals import covariance, profile
 from analysis.laws import COUNTS, Law, get_law
 from analysis.solver import OBJECTIVES, Problem, Solution, solve
-from analysis.tables import AnalysisError
+from analysis.tables import AnalysisError, count_text
 
 INTERVAL = (2.5, 97.5)  # percentiles of the bootstrap: 95 % intervals
 LEAST_SAMPLES = 20
+_ROUNDING = 1e-9  # of an input that is the least or the greatest fitted
+MOST_SAMPLES = 100_000  # whose weights still fit into memory
 
 
 @dataclass(frozen=True)
@@ -58,6 +67,7 @@ class Fit:
     problem: Problem
     covariance: np.ndarray | None  # of the parameters [K, K], by clusters; None under lad
     warnings: tuple[str, ...]
+    undetermined: tuple[str, ...]  # parameters along which the objective is flat
     samples: dict[str, np.ndarray]  # {parameter: [R]} of the bootstrap refits, R = 0 without
     held_out: HeldOut | None
 
@@ -114,10 +124,24 @@ class Fit:
         """Inputs of the law as numbers, groups as indices; AnalysisError names a strange one."""
         x = {name: np.asarray(inputs[name]) for name in self.law.inputs}
         if self.law.groups:
-            for label in set(x["group"]) - set(self.law.groups):
+            for label in sorted(set(x["group"]) - set(self.law.groups)):
                 raise AnalysisError(f"group {label!r}: the fit knows {', '.join(self.law.groups)}")
             x["group"] = np.array([self.law.groups.index(label) for label in x["group"]])
         return {name: values.astype(float) for name, values in x.items()}
+
+    def beyond(self, inputs: Mapping[str, np.ndarray]) -> list[str]:
+        """Warnings of inputs {name: [P]} outside what was fitted, and by what factor."""
+        found = []
+        for name, (low, high) in self.ranges.items():
+            factor = np.maximum(low / inputs[name], inputs[name] / high)
+            count = int((factor > 1 + _ROUNDING).sum())
+            if count:
+                found.append(
+                    f"{name} of {count} of {factor.size} rows lies beyond the fitted range, "
+                    f"{count_text(low)} to {count_text(high)}, by a factor of up to "
+                    f"{factor.max():.3g}"
+                )
+        return found
 
     def predict(self, inputs: Mapping[str, Any]) -> np.ndarray:
         """Loss at the inputs."""
@@ -185,13 +209,18 @@ def fit(
     if objective not in OBJECTIVES:
         known = ", ".join(OBJECTIVES)
         raise AnalysisError(f"unknown objective {objective!r}: choose one of {known}")
-    if bootstrap != 0 and bootstrap < LEAST_SAMPLES:
-        raise AnalysisError(f"bootstrap={bootstrap}: an interval takes {LEAST_SAMPLES} or more")
+    refuse_samples(bootstrap)
     y = np.asarray(loss, float)
     refuse_unidentified(chosen, x, y)
     problem = Problem.of(chosen, x, y, OBJECTIVES[objective])
     solution = solve(problem)
-    warnings = [*doubts(problem, solution), *_doubts_of_groups(chosen, x)]
+    flat = undetermined(problem, solution.theta)
+    warnings = [*doubts(problem, solution), *_doubts_of_groups(chosen, x), *_doubts_of_budgets(x)]
+    errors = covariance(problem, solution.theta, clusters)
+    if flat:
+        warnings.append(flat_text(objective, flat))
+    elif errors is None:
+        warnings.append(f"no standard errors: {objective} bends at too few of these points")
     thetas = resampled(problem, solution.theta, bootstrap, clusters, seed)
     if bootstrap and not len(thetas):
         warnings.append("no intervals: too few independent runs to resample")
@@ -206,10 +235,40 @@ def fit(
         clusters=None if clusters is None else np.asarray(clusters),
         solution=solution,
         problem=problem,
-        covariance=covariance(problem, solution.theta, clusters),
+        covariance=None if flat else errors,
         warnings=tuple(warnings),
+        undetermined=tuple(flat),
         samples=problem.natural(thetas),
         held_out=_hold_out(problem) if hold_out else None,
+    )
+
+
+def refuse_samples(count: int, least: int = LEAST_SAMPLES) -> None:
+    """AnalysisError for a number of resamples that gives no interval, or fits no memory.
+
+    0 asks for none.
+    """
+    if count != 0 and count < least:
+        raise AnalysisError(f"bootstrap={count}: an interval takes {least} or more")
+    if count > MOST_SAMPLES:
+        raise AnalysisError(f"bootstrap={count}: {MOST_SAMPLES} are the most")
+
+
+def flat_text(objective: str, flat: Sequence[str]) -> str:
+    """Which parameters are arbitrary, in a sentence."""
+    return (
+        f"{objective} has no curvature at this optimum: {', '.join(flat)} are not determined and "
+        "have no standard errors; other values fit as well"
+    )
+
+
+def _doubts_of_budgets(x: Mapping[str, np.ndarray]) -> Sequence[str]:
+    """Two budgets, ratios or isoFLOP profiles: nothing tests the form of the law."""
+    if (few := few_levels(x)) is None:
+        return ()
+    return (
+        f"{few}: the exponents rest on the form of the law alone; train three or more "
+        "budgets of each size",
     )
 
 
@@ -228,6 +287,8 @@ def bound(
         groups = [baseline, *(name for name in names if name != baseline)]
         law = law.bind(groups)
         x["group"] = np.array([groups.index(label) for label in labels])
+    elif baseline is not None:
+        raise AnalysisError(f"baseline={baseline!r}: {law.name!r} has no groups")
     return law, {name: values.astype(float) for name, values in x.items()}
 
 

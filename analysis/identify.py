@@ -8,7 +8,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from analysis.laws import COUNTS, Law
+from analysis.laws import COUNTS, Law, Parameter
 from analysis.solver import CERTIFIED, Problem, Solution
 from analysis.tables import AnalysisError
 
@@ -16,6 +16,9 @@ COLLINEAR = 0.02  # rms scatter of log d about a line in log n below which the t
 _CONDITION_REFUSED = 1e6  # of the Jacobian with columns of unit length; good designs have 10 to 100
 _UNDETERMINED = 0.5  # standard error of a log parameter: its 95 % interval spans a factor of 7
 _AT_BOUND = 1e-6
+_LEVEL = 0.04  # of log d: what lies closer is one budget, or one ratio
+_SLOPES = {0.0: "budgets", 1.0: "ratios of tokens to parameters", -1.0: "products of n and d"}
+_IN_FLAT = 0.1  # of a parameter's direction, the share that the objective does not see
 
 
 def unidentified(law: Law, inputs: Mapping[str, np.ndarray]) -> str | None:
@@ -51,6 +54,47 @@ def fixed_ratio(inputs: Mapping[str, np.ndarray]) -> float | None:
     return float(slope) if scatter < COLLINEAR else None
 
 
+def few_levels(inputs: Mapping[str, np.ndarray]) -> str | None:
+    """What takes two values only at these points: tokens, tokens over parameters or their product.
+
+    Then no third value tests how the loss falls between and beyond the two: the parameters rest on
+    the form of the law alone. None if they take more, or the inputs have no n and d.
+    """
+    if not {"n", "d"} <= set(inputs):
+        return None
+    log_n, log_d = np.log(inputs["n"]), np.log(inputs["d"])
+    for slope, what in _SLOPES.items():
+        values, count, first = np.sort(log_d - slope * log_n), 0, -np.inf
+        for value in values:
+            if value > first + _LEVEL:
+                count, first = count + 1, value
+        if count == 2:
+            return f"these points have two {what} only"
+    return None
+
+
+def undetermined(problem: Problem, theta: np.ndarray) -> list[str]:
+    """Parameters that the objective does not determine at an optimum [K]: it is flat along them.
+
+    A Huber loss bends only where residuals are within its delta. Parameters at a bound are left
+    out, and `lad`, which bends nowhere.
+    """
+    if len(problem.objective.deltas) > 1:
+        return []
+    bound = {parameter.full_name for parameter, _ in at_bounds(problem, theta)}
+    free = [i for i, name in enumerate(problem.law.names) if name not in bound]
+    r, jacobian = problem.jacobian(theta)
+    own = jacobian[np.ix_(np.abs(r) <= problem.objective.deltas[0], free)]
+    lengths = np.linalg.norm(jacobian[:, free], axis=0)
+    if not free or lengths.min() == 0:
+        return [problem.law.names[i] for i in free]
+    curvature = own.T @ own / np.outer(lengths, lengths)
+    values, directions = np.linalg.eigh(curvature)
+    flat = directions[:, values < values[-1] / _CONDITION_REFUSED**2]
+    share = np.linalg.norm(flat, axis=1)
+    return [problem.law.names[i] for i, x in zip(free, share, strict=True) if x > _IN_FLAT]
+
+
 def refuse_unidentified(law: Law, inputs: Mapping[str, np.ndarray], loss: np.ndarray) -> None:
     """AnalysisError if points are not positive and finite or cannot identify `law`."""
     for name, values in {**inputs, "loss": loss}.items():
@@ -82,22 +126,32 @@ def _standard_errors(problem: Problem, theta: np.ndarray) -> np.ndarray:
     )
 
 
+def at_bounds(problem: Problem, theta: np.ndarray) -> list[tuple[Parameter, bool]]:
+    """Parameters at a bound of their range, and whether it is the lower one."""
+    low, high = problem.bounds
+    at_low, at_high = theta - low < _AT_BOUND, high - theta < _AT_BOUND
+    ends = zip(problem.law.parameters, at_low, at_high, strict=True)
+    return [(parameter, bool(lowest)) for parameter, lowest, end in ends if lowest or end]
+
+
 def doubts(problem: Problem, solution: Solution) -> list[str]:
     """Warnings about a fit; AnalysisError if its parameters only trade off against one another."""
     law, theta = problem.law, solution.theta
-    low, high = problem.bounds
-    at_low, at_high = theta - low < _AT_BOUND, high - theta < _AT_BOUND
     found = []
-    for parameter, lowest, highest in zip(law.parameters, at_low, at_high, strict=True):
-        if lowest and parameter.in_loss_units:
+    for parameter, at_least in at_bounds(problem, theta):
+        if at_least and parameter.in_loss_units:
             found.append(f"{parameter.full_name} is indistinguishable from 0")
-        elif lowest or highest:
+        else:
             found.append(f"{parameter.full_name} is at the bound of its range")
     if not found:
         for name, error in zip(law.names, _standard_errors(problem, theta), strict=True):
             if error > _UNDETERMINED:
                 found.append(f"{name} is barely determined: its standard error is {error:.0%}")
-        if solution.share_of_starts * solution.starts < 2:
+        if elsewhere := round(solution.share_elsewhere * solution.starts):
+            found.append(
+                f"{elsewhere} of {solution.starts} starts fit as well with other parameters"
+            )
+        elif solution.share_of_starts * solution.starts < 2:
             found.append(f"only one of {solution.starts} starts reached this optimum")
     if solution.gradient > CERTIFIED:
         found.append(

@@ -9,7 +9,7 @@ Arrays: A arms, P points, K parameters.
 
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +54,8 @@ class Setting:
 
     law: of n, d and group, bound to its groups if it has any. Every run is made in each of them:
       a grid is there to compare arms, which is best done at one size, budget and seed.
-    flops_per_parameter_token: k of C = k N D.
+    flops_per_parameter_token: k of C = k N D, of sizes whose FLOPs a token are not known.
+    flops_per_token: of each size, where they are known.
     decay_fraction: of an endpoint's tokens, those of its decay, which only it pays for.
     """
 
@@ -63,6 +64,7 @@ class Setting:
     noise: Noise
     flops_per_parameter_token: float = 6.0
     decay_fraction: float = 0.2
+    flops_per_token: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not {"n", "d"} <= set(self.law.inputs) <= {"n", "d", "group"}:
@@ -70,9 +72,13 @@ class Setting:
             raise AnalysisError(f"{self.law.name!r} is a law of {needed}: a grid is of n and d")
         if "group" in self.law.inputs and len(self.law.groups) < 2:
             raise AnalysisError(f"{self.law.name!r} needs the parameters of two arms or more")
-        for name in self.law.names:
+        for p in self.law.parameters:
+            name, least = p.full_name, 0.0 if p.domain == "positive" else -np.inf
             if name not in self.params:
                 raise AnalysisError(f"{self.law.name!r} needs a value of {name}")
+            if not least < self.params[name] < np.inf:
+                kind = "positive and finite" if p.domain == "positive" else "finite"
+                raise AnalysisError(f"{name}={self.params[name]:g}: it must be {kind}")
 
     @property
     def arms(self) -> int:
@@ -82,7 +88,11 @@ class Setting:
         """FLOPs in all arms: the trunk up to its last decay, and the decay of every endpoint."""
         f = self.decay_fraction
         tokens = (1 - f) * run.tokens[-1] + f * sum(run.tokens)
-        return self.arms * self.flops_per_parameter_token * run.n * tokens
+        return self.arms * self.token_cost(run.size, run.n) * tokens
+
+    def token_cost(self, size: str, n: float) -> float:
+        """FLOPs of training on one token."""
+        return self.flops_per_token.get(size, self.flops_per_parameter_token * n)
 
     def jacobian(self, n: np.ndarray, d: np.ndarray) -> np.ndarray:
         """Derivatives [A, P, K] of log loss at n, d [P] by the (log) parameters, arm by arm."""

@@ -17,6 +17,7 @@ from typing import Literal
 import numpy as np
 from scipy.interpolate import Akima1DInterpolator
 
+from analysis.fitting import refuse_samples
 from analysis.intervals import resamples
 from analysis.optima import (
     LEAST_BUDGETS,
@@ -25,7 +26,6 @@ from analysis.optima import (
     log_mean,
     no_intervals,
     power_law,
-    refuse_few_samples,
 )
 from analysis.tables import AnalysisError
 
@@ -85,7 +85,7 @@ class Method:
             raise AnalysisError(f"noise={self.noise:g} and {self.copies} copies: both or neither")
         if self.observation == "median" and not self.copies:
             raise AnalysisError("the median of noisy copies takes noise and copies")
-        refuse_few_samples(self.copies)
+        refuse_samples(self.copies)
 
     @property
     def name(self) -> str:
@@ -213,7 +213,7 @@ def isoflop(
     with fewer than LEAST_BUDGETS budgets that have an optimum; the notes say why the others do not.
     """
     method = method or Method()
-    refuse_few_samples(bootstrap)
+    refuse_samples(bootstrap)
     found = profiles(points, method, seed)
     kept = {i: p for i, p in enumerate(found) if not p.refused}
     notes = tuple(f"budget {p.compute:.3g} FLOPs: {p.refused}" for p in found if p.refused)

@@ -13,17 +13,18 @@ Arrays: P points, K parameters, R resamples.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from analysis.identify import doubts
+from analysis.identify import at_bounds, doubts
 from analysis.ingredients import holm
 from analysis.laws import get_law
-from analysis.solver import OBJECTIVES, Problem, Solution, descend, refit, solve
+from analysis.solver import OBJECTIVES, Problem, descend, refit, solve
 from analysis.tables import AnalysisError
 from analysis.two_arms import TwoArms
 
@@ -71,6 +72,14 @@ TESTS: tuple[tuple[str, str, Callable[..., Coordinates]], ...] = (
 )
 
 
+def least_draws(level: float) -> int:
+    """The draws from which on every test can be significant at `level` after Holm, all at once.
+
+    A p of B draws is at least 1 / (1 + B), and Holm multiplies the least by the number of tests.
+    """
+    return next(b for b in itertools.count(1) if len(TESTS) / (1 + b) < level)
+
+
 @dataclass(frozen=True)
 class Step:
     """A law fitted to both arms.
@@ -88,6 +97,12 @@ class Step:
     @property
     def params(self) -> dict[str, float]:
         return {name: float(value) for name, value in self.problem.natural(self.theta).items()}
+
+    @property
+    def shared_at_bound(self) -> list[str]:
+        """Parameters of both arms that ended at a bound of their range: the law fits neither."""
+        found = at_bounds(self.problem, self.theta)
+        return [p.name for p, _ in found if not p.group]
 
     @property
     def criteria(self) -> dict[str, float | None]:
@@ -203,7 +218,7 @@ def _fitted(
         best = int(ends.value.argmin())
         if best > 0 and ends.value[best] < ends.value[0]:
             theta, gradient = ends.theta[best], float(ends.gradient[best])
-            solution = Solution(theta, gradient, solution.starts, solution.share_of_starts)
+            solution = replace(solution, theta=theta, gradient=gradient)
     value = objective.value(problem.residuals(solution.theta))
     try:
         found, refused = tuple(doubts(problem, solution)), ""

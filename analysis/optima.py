@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.fitting import INTERVAL, LEAST_SAMPLES
+from analysis.fitting import INTERVAL
 from analysis.tables import AnalysisError
 
 LEAST_BUDGETS = 3  # two lie on a line whatever they are
@@ -164,12 +164,6 @@ def no_intervals(law: PowerLaw, bootstrap: int) -> tuple[str, ...]:
     return (
         f"no intervals: most resamples have fewer than {LEAST_BUDGETS} budgets with an optimum",
     )
-
-
-def refuse_few_samples(count: int) -> None:
-    """AnalysisError for a number of resamples that gives no interval; 0 asks for none."""
-    if count != 0 and count < LEAST_SAMPLES:
-        raise AnalysisError(f"bootstrap={count}: an interval takes {LEAST_SAMPLES} or more")
 
 
 def log_mean(values: np.ndarray) -> float:

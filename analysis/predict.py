@@ -15,15 +15,19 @@ import sys
 from collections.abc import Mapping, Sequence
 from datetime import date
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from analysis.command import Parser, status
+from analysis.fitting import Fit
 from analysis.laws import LAWS, get_law
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.predictions import Request, fingerprints, fit_table, predict_table, sha256
 from analysis.scores import carried, read_predictions, score
 from analysis.solver import OBJECTIVES
-from analysis.tables import AnalysisError, finished, read_table, select
+from analysis.tables import LOSS_HELP, AnalysisError, finished, mixed_arms, read_table, select
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 _INPUTS = tuple(dict.fromkeys(name for law in LAWS.values() for name in law.inputs))
 
@@ -36,7 +40,7 @@ def _parser() -> argparse.ArgumentParser:
     for name in _INPUTS:
         parser.add_argument(f"--{name}", metavar="COLUMN", help="of the law: see analysis.fit")
     parser.add_argument("--baseline", metavar="GROUP", help="the group that others are worth in")
-    parser.add_argument("--loss", metavar="COLUMN", help="loss in nats a token")
+    parser.add_argument("--loss", metavar="COLUMN", help=LOSS_HELP)
     parser.add_argument("--where", metavar="EXPR", help="rows of FILE to use")
     parser.add_argument("--by", metavar="COLUMN", help="a fit for each value, as of precision")
     parser.add_argument(
@@ -70,12 +74,16 @@ def _request(args: argparse.Namespace) -> Request:
     )
 
 
-def _path(args: argparse.Namespace) -> Path:
-    """The file to write, which is not yet there."""
+def _day(args: argparse.Namespace) -> date:
     try:
-        day = date.today() if args.date is None else date.fromisoformat(args.date)
+        return date.today() if args.date is None else date.fromisoformat(args.date)
     except ValueError as error:
         raise AnalysisError(f"--date={args.date}: expected YYYY-MM-DD") from error
+
+
+def _path(args: argparse.Namespace) -> Path:
+    """The file to write, which is not yet there."""
+    day = _day(args)
     out = Path(args.out or ".")
     path = out if out.suffix == ".json" else out / f"predictions-{day.isoformat()}.json"
     if path.exists():
@@ -95,7 +103,9 @@ def _predict(args: argparse.Namespace, argv: Sequence[str]) -> None:
     if args.where is not None:
         frame = select(frame, args.where)
     fits = fit_table(frame, request)
-    rows = predict_table(fits, read_table(args.planned), request)
+    rows, warnings = predict_table(fits, read_table(args.planned), request)
+    if args.where is None and args.group is None and args.by is None:
+        warnings += _doubts_of_arms(finished(frame), fits[""])
     document = {
         "command": shlex.join(["python", "-m", "analysis.predict", *argv]),
         "date": args.date or date.today().isoformat(),
@@ -107,14 +117,26 @@ def _predict(args: argparse.Namespace, argv: Sequence[str]) -> None:
         "fits": {label: found.to_json() for label, found in fits.items()},
         "fitted_rows": fingerprints(finished(frame), request.columns, request.loss),
         "planned": rows,
+        "warnings": warnings,
     }
     _write(path, document)
     print(_readable(document))
     print(f"wrote {path}")
 
 
+def _doubts_of_arms(kept: "pd.DataFrame", found: Fit) -> list[str]:
+    """A warning of arms under one law; AnalysisError where they leave its parameters arbitrary."""
+    arms = mixed_arms(kept)
+    if arms is None:
+        return []
+    choose = "choose one arm with --where, or a law of each with --by"
+    if found.undetermined:
+        raise AnalysisError(f"{arms}: one law of all of them is arbitrary; {choose}")
+    return [f"{arms}: one law is fitted to all of them; {choose}"]
+
+
 def _readable(document: Mapping[str, Any]) -> str:
-    lines = []
+    lines = [f"warning: {warning}" for warning in document["warnings"]]
     for label, found in document["fits"].items():
         lines.append(f"{label}: {found['equation']}" if label else found["equation"])
         lines += [f"warning: {warning}" for warning in found["warnings"]]
@@ -150,6 +172,7 @@ def _score(args: argparse.Namespace) -> None:
 
 def _run(argv: Sequence[str]) -> None:
     args = _parser().parse_args(argv)
+    _day(args)
     if args.score is not None:
         _score(args)
     else:

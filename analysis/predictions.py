@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,14 +17,20 @@ import numpy as np
 from analysis.fitting import INTERVAL, Fit, fit
 from analysis.intervals import memberships
 from analysis.solver import OBJECTIVES, Problem
-from analysis.tables import AnalysisError, finished, points, read_inputs, refuse_undecayed, require
+from analysis.tables import (
+    AnalysisError,
+    clusters_of,
+    fitted_rows,
+    labels,
+    plausible_inputs,
+    points,
+    require,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
 
 PREDICTED = ("predicted", "low", "high")  # columns that a prediction adds
-
-RUN = "run_id"
 
 _DRAWS = 20  # of residuals, for each refit of the bootstrap
 _TO_ONE = 1e-9  # a leverage of 1: a run that the fit follows wherever it lies
@@ -98,53 +104,53 @@ def _draw(found: Fit, shape: tuple[int, ...], rng: np.random.Generator) -> np.nd
 
 def fit_table(frame: pd.DataFrame, request: Request) -> dict[str, Fit]:
     """A fit of all finished rows, named "", or of those of each value of column `by`."""
-    refuse_undecayed(frame)
-    kept = finished(frame)
+    kept = fitted_rows(frame)
     if request.by is None:
         return {"": _fit_rows(kept, request)}
-    require(kept, request.by)
-    groups = kept.groupby(kept[request.by].astype(str), sort=False)
+    groups = kept.groupby(labels(kept, request.by), sort=False)
     return {str(label): _fit_rows(rows, request) for label, rows in groups}
 
 
 def _fit_rows(rows: pd.DataFrame, request: Request) -> Fit:
-    inputs, loss = points(rows, request.columns, request.loss)
-    # Endpoints of one run share its trunk: they are no independent points.
-    cluster = request.cluster or (RUN if RUN in rows else None)
-    if cluster is not None:
-        require(rows, cluster)
-    return fit(
+    inputs, loss = points(rows, request.columns, request.loss, request.cluster)
+    clusters, warnings = clusters_of(rows, request.cluster)
+    found = fit(
         request.law,
         inputs,
         loss,
         objective=request.objective,
         bootstrap=request.bootstrap,
         baseline=request.baseline,
-        clusters=None if cluster is None else rows[cluster].to_numpy(),
+        clusters=clusters,
     )
+    return replace(found, warnings=(*found.warnings, *warnings))
 
 
 def predict_table(
     fits: Mapping[str, Fit], planned: pd.DataFrame, request: Request
-) -> list[dict[str, Any]]:
+) -> tuple[list[dict[str, Any]], list[str]]:
     """The planned rows with what they are predicted: their columns, `predicted`, `low`, `high`.
 
-    A column of losses is left behind: what is known is not planned.
+    A column of losses is left behind: what is known is not planned. Beside them, warnings of rows
+    beyond what was fitted. AnalysisError for counts in millions or billions, as of a table.
     """
     carried = planned.drop(columns=request.loss, errors="ignore").reset_index(drop=True)
     for taken in PREDICTED:
         if taken in carried:
             raise AnalysisError(f"the planned rows have a column {taken!r}: give it another name")
-    labels = _labels(carried, fits, request.by)
+    names = _labels(carried, fits, request.by)
     results = carried.assign(predicted=np.nan, low=np.nan, high=np.nan)
-    for label in dict.fromkeys(labels):
-        own = labels == label
-        inputs = fits[label].encoded(read_inputs(carried[own], request.columns))
+    warnings = []
+    for label in dict.fromkeys(names):
+        own = names == label
+        inputs = fits[label].encoded(plausible_inputs(carried[own], request.columns))
+        beyond = fits[label].beyond(inputs)
+        warnings += [f"{label}: {warning}" if label else warning for warning in beyond]
         losses, interval = predict(fits[label], inputs)
         results.loc[own, "predicted"] = losses
         if interval is not None:
             results.loc[own, "low"], results.loc[own, "high"] = interval
-    return records(results)
+    return records(results), warnings
 
 
 def records(frame: pd.DataFrame) -> list[dict[str, Any]]:
@@ -156,12 +162,11 @@ def _labels(planned: pd.DataFrame, fits: Mapping[str, Fit], by: str | None) -> n
     """The fit of each planned row."""
     if by is None:
         return np.full(len(planned), "", object)
-    require(planned, by)
-    labels = planned[by].astype(str).to_numpy(object)
-    for label in labels:
+    found = labels(planned, by)
+    for label in found:
         if label not in fits:
             raise AnalysisError(f"{by} {label!r}: the table has {', '.join(fits)}")
-    return labels
+    return found
 
 
 def fingerprints(rows: pd.DataFrame, columns: Mapping[str, str], loss: str) -> list[str]:

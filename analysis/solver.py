@@ -25,6 +25,7 @@ from analysis.laws import COUNTS, Law, Params
 SEARCHED_STARTS = 64
 CERTIFIED = 1e-6  # of the gradient: see Descent
 _SAME_OPTIMUM = 1e-6  # relative difference of objectives
+_SAME_PLACE = 1e-2  # of coordinates, most of which are logarithms
 _EXACT = 1e-20  # squared residual that is rounding alone
 _MOST_STEPS = 300
 _ROUND = 16  # steps of a compiled call
@@ -383,6 +384,7 @@ class Solution:
     gradient: float  # see Descent; 0 where the law is exact
     starts: int
     share_of_starts: float  # of the searched starts, those that ended in the same optimum
+    share_elsewhere: float = 0.0  # of them, those that are as good with other parameters
 
 
 def solve(
@@ -402,7 +404,9 @@ def solve(
         narrower = descend(problem, theta[None], given[None], delta=delta)
         theta, gradient = narrower.theta[0], narrower.gradient[0]
     exact = reached.value[best] <= _EXACT * problem.loss.size
-    return Solution(theta, 0.0 if exact else float(gradient), len(starts), float(same.mean()))
+    near = same & (np.abs(reached.theta - reached.theta[best]).max(axis=1) < _SAME_PLACE)
+    shares = float(near.mean()), float((same & ~near).mean())
+    return Solution(theta, 0.0 if exact else float(gradient), len(starts), *shares)
 
 
 def _same(problem: Problem, values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.identify import fixed_ratio, unidentified
+from analysis.identify import few_levels, fixed_ratio, unidentified
 from analysis.laws import LAWS
 from analysis.tables import AnalysisError
 
@@ -119,6 +119,15 @@ class TwoArms:
                     "identified; vary d at each n"
                 )
         return found
+
+    def few_budgets(self) -> list[str]:
+        """Arms with two budgets, or ratios, only: nothing tests the form of their law."""
+        told = ((label, few_levels(self.inputs_of(i))) for i, label in enumerate(self.arms))
+        return [
+            f"{label}: {few}; three budgets of a size or more are needed"
+            for label, few in told
+            if few
+        ]
 
     def few_clusters(self) -> list[str]:
         """Arms with too few clusters to resample."""

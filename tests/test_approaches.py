@@ -479,6 +479,13 @@ def test_command_prints_a_table(table, capsys):
         ([*OPTIONS, "--budgets=9"], "--budgets=9: expected 3 or more, and --run=COLUMN with it"),
         ([*OPTIONS, "--budgets=2", "--run=run"], "--budgets=2: expected 3 or more"),
         ([*OPTIONS, "--plot=absent/split"], "--plot=absent/split: there is no directory absent"),
+        (
+            [*OPTIONS, "--budgets=1000000000", "--run=run"],
+            "--budgets=1000000000: 1000 are",
+        ),
+        ([*OPTIONS, "--noise=inf", "--bootstrap=20"], "--noise=inf: expected 0 or more"),
+        ([*OPTIONS, "--noise=nan", "--bootstrap=20"], "--noise=nan: expected 0 or more"),
+        ([*OPTIONS, "--bootstrap=1000000000"], "bootstrap=1000000000: 100000 are the most"),
         ([*OPTIONS, "--n_total=total"], "--n_total is for --sensitivity"),
         ([*OPTIONS, "--n_total=whole", "--sensitivity"], "no column 'whole'"),
     ],
@@ -488,6 +495,34 @@ def test_command_refuses_in_one_line(table, capsys, arguments, message):
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+def test_one_row_says_nothing(table, capsys):
+    pd.read_csv(table).tail(1).to_csv(table, index=False)
+    assert main([str(table), *OPTIONS]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == "" and captured.err.count("\n") == 1
+    assert "no approach says anything; parametric: 1 points cannot fit the 5" in captured.err
+
+
+def test_runs_are_drawn_whole_by_default(table, capsys):
+    """run_id as with --cluster=run_id; without it the points are, with a warning."""
+    frame = pd.read_csv(table).rename(columns={"run": "run_id"})
+    frame["loss"] *= np.exp(2e-3 * np.random.default_rng(0).normal(size=len(frame)))
+    frame.to_csv(table, index=False)
+
+    def asked(*arguments):
+        assert main([str(table), *OPTIONS, "--bootstrap=20", "--json", *arguments]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    whole = asked()
+    assert whole == asked("--cluster=run_id") and whole["warnings"] == []
+    frame.drop(columns="run_id").assign(precision=np.arange(96) % 2).to_csv(table, index=False)
+    alone = asked()
+    assert ["each row counts as a run" in alone["warnings"][0], len(alone["warnings"])] == [True, 2]
+    assert "column 'precision' has 2 values" in alone["warnings"][1]
+    widths = [np.diff(x["approaches"][-1]["n"]["interval"])[0] for x in (whole, alone)]
+    assert widths[0] != pytest.approx(widths[1], rel=0.05)
 
 
 # ---- Published data ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ def study(worth=0.7, seeds=3):
     table["loss"] = 0.95 + 12 / n**0.28 + 55 / table["tokens"] ** 0.33
     table["loss"] *= np.exp([luck[p] for p in zip(table["size"], table["seed"], strict=True)])
     table["loss"] *= np.exp(5e-4 * rng.normal(size=len(table)))
+    table["bits_per_byte"] = table["loss"] / np.log(2)
     table["flops"] = 6.5 * table["params_total"] * table["tokens"]
     return table.reset_index(drop=True)
 

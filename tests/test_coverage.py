@@ -74,6 +74,17 @@ def test_command(capsys):
         ("--sizes=1e5,1e6", "three or more positive"),
         ("--sizes=1e5,big", "invalid"),
         ("--run_noise=-1", "not negative"),
+        ("--run_noise=nan", "not negative"),
+        ("--point_noise=inf", "below 1"),
+        ("--run_noise=1e300", "below 1"),
+        ("--sizes=nan,1e5,1e6", "--sizes: three or more positive numbers, all different"),
+        ("--sizes=1e5,nan,1e6", "--sizes: three"),
+        ("--ratios=inf,10,20", "--ratios: three"),
+        ("--ratios=20,20,20", "--ratios: three"),
+        ("--sizes=1e5,1e5,1e6,1e7", "--sizes: three"),
+        ("--seeds=100000000", "more than 2e+08 losses"),
+        ("--replicates=1000000000", "more than 2e+08 losses"),
+        ("--bootstrap=1000000000", "more than 2e+08 losses"),
     ],
 )
 def test_mistakes(capsys, argument, message):

@@ -306,6 +306,14 @@ def test_command_takes_a_fit_and_a_ladder(tmp_path, capsys):
         ([*BASE, "--law=chinchilla", "--params=E=1", NAMED], "'chinchilla' needs a value of A"),
         ([*BASE, "--law=power", "--params=E=1", NAMED], "'power' is a law of c: a grid is of n"),
         ([*BASE, "--fit=absent.json", NAMED], "absent.json"),
+        ([*BASE, *LAW, NAMED, "--ratios=1,nan"], "--ratios=1,nan: they must be positive"),
+        ([*BASE, *LAW, NAMED, "--ratios=1,inf"], "--ratios=1,inf: they must be positive"),
+        ([*BASE, *LAW, "--sizes=a:nan"], "'a:nan': parameters are a positive number"),
+        ([*BASE, *LAW, NAMED, "--seeds=100000000"], "--seeds=100000000: 100 are the most"),
+        ([*BASE, LAW[0], LAW[1] + ",zzz=1", NAMED], "--params: 'rho' has no 'zzz'; it has E, A"),
+        ([*BASE, LAW[0], LAW[1].replace("E=1.2", "E=nan"), NAMED], "E=nan: it must be positive"),
+        ([*BASE, LAW[0], LAW[1].replace("E=1.2", "E=-1"), NAMED], "E=-1: it must be positive"),
+        ([*BASE, "--law=chinchilla", "--params=E=1", "--baseline=x", NAMED], "has no groups"),
     ],
 )  # fmt: skip
 def test_command_refuses_in_one_line(capsys, arguments, message):
@@ -316,7 +324,21 @@ def test_command_refuses_in_one_line(capsys, arguments, message):
 
 
 def test_command_refuses_what_is_no_fit(tmp_path, capsys):
-    for text, message in (("{", "it is no JSON"), ('{"law": "rho"}', "it is not what")):
+    good = {"law": "chinchilla", "params": TRUTH, "groups": [], "rms_log_residual": 0.005}
+    wrong = (
+        ({"params": TRUTH | {"E": None}}, "law, params or groups are not a fit's"),
+        ({"params": TRUTH | {"E": "x"}}, "law, params or groups are not a fit's"),
+        ({"params": TRUTH | {"E": float("nan")}}, "law, params or groups are not a fit's"),
+        ({"params": TRUTH | {"E": -1.0}}, "E=-1: it must be positive and finite"),
+        ({"params": [1]}, "law, params or groups are not a fit's"),
+        ({"law": 3}, "law, params or groups are not a fit's"),
+        ({"groups": None}, "law, params or groups are not a fit's"),
+        ({"rms_log_residual": -1}, "rms_log_residual is -1, not a number of 0 or more"),
+        ({"rms_log_residual": None}, "rms_log_residual is None"),
+    )
+    texts = [(json.dumps(good | change), message) for change, message in wrong]
+    texts += [("{", "it is no JSON"), ("[" * 100_000, "it is no JSON")]
+    for text, message in (*texts, ('{"law": "rho"}', "it is not what")):
         (tmp_path / "fit.json").write_text(text)
         assert main([*BASE, NAMED, f"--fit={tmp_path / 'fit.json'}"]) == 2
         assert message in capsys.readouterr().err
@@ -329,3 +351,41 @@ def test_designs_know_their_kind(design):
     assert isinstance(found, Design) and found.setting.arms == 1
     assert found.to_json()["endpoints"] == len(points(found.grid))
     assert design.to_json()["endpoints"] == 2 * len(points(design.grid))
+
+
+def test_the_ladder_says_what_a_token_costs(tmp_path, capsys):
+    """FLOPs a token of its sizes, unless the user gives k; a size that it lacks costs 6 N."""
+    ladder = tmp_path / "ladder.csv"
+    flops = {name: 6 * n + 1e5 for name, n in SIZES.items()}
+    pd.DataFrame({
+        "size": list(SIZES), "params_non_embedding": list(SIZES.values()),
+        "training_flops_per_token": list(flops.values()),
+    }).to_csv(ladder, index=False)  # fmt: skip
+    command = [*BASE, *LAW, f"--ladder={ladder}", "--sizes=27k,56k,95k,own:200000", "--json"]
+    sizes = SIZES | {"own": 2e5}
+
+    def counted(document, per_token):
+        """FLOPs of a grid by hand, in two arms; a fifth of each end's tokens are its decay."""
+        total = 0.0
+        for _, ends in pd.DataFrame(document["grid"]).groupby(["size", "seed"]):
+            trunk, whole = 0.8 * ends["tokens"].max(), 0.2 * ends["tokens"].sum()
+            total += 2 * per_token(ends["size"].iloc[0]) * (trunk + whole)
+        return total
+
+    assert main(command) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["cost"] == pytest.approx(
+        counted(document, lambda s: flops.get(s, 6 * sizes[s])), rel=1e-6
+    )
+    assert f"training_flops_per_token of {ladder}, " in document["flops_per_token"]
+    assert main([*command, "--flops_per_parameter_token=7"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["cost"] == pytest.approx(counted(document, lambda s: 7 * sizes[s]), rel=1e-6)
+    assert document["flops_per_token"] == "7 N, with neither attention nor embeddings"
+
+
+def test_a_ladder_that_contradicts_itself(tmp_path, capsys):
+    ladder = tmp_path / "ladder.csv"
+    pd.DataFrame({"size": ["a", "a"], "params_non_embedding": [1e5, 2e5]}).to_csv(ladder)
+    assert main([*BASE, *LAW, f"--ladder={ladder}"]) == 2
+    assert "size 'a' has params_non_embedding 100000 and 200000" in capsys.readouterr().err

@@ -227,7 +227,12 @@ def test_command_prints_the_contract(table, tmp_path):
     assert document["params"] == pytest.approx(TRUTH, rel=1e-7)
     assert document["predictions"][0]["loss"] == pytest.approx(surface(np.array(1e8), 1e10))
     assert document["predictions"][0]["low"] is None
-    assert "left out 1 endpoints" in document["warnings"][-1]
+    assert "left out 1 endpoints" in document["warnings"][-3]
+    assert document["warnings"][-2:] == [
+        f"predictions: {name} of 1 of 1 rows lies beyond the fitted range, {ends}, by a factor of "
+        f"up to {factor}"
+        for name, ends, factor in (("n", "100k to 30M", "3.33"), ("d", "1M to 1B", "10"))
+    ]
 
 
 def test_command_bootstraps_where_and_plots(table, tmp_path, capsys):
@@ -281,6 +286,10 @@ def test_command_plots_the_groups_of_a_law_and_keeps_json_clean(table, tmp_path,
         ([*COLUMNS, "--plot=absent/law"], "--plot=absent/law: there is no directory absent"),
         ([*COLUMNS, "--cluster=run"], "no column 'run'"),
         ([*COLUMNS, "--predict=absent.csv"], "absent.csv: no such file"),
+        ([*COLUMNS, "--predict="], "a table ends in .csv or .parquet"),
+        ([*COLUMNS, "--cluster="], "no column ''"),
+        ([*COLUMNS, "--baseline=small"], "baseline='small': 'chinchilla' has no groups"),
+        ([*COLUMNS, "--bootstrap=1000000000"], "bootstrap=1000000000: 100000 are the most"),
         ([], "--loss"),
     ],
 )
@@ -289,3 +298,101 @@ def test_command_refuses_in_one_line(table, capsys, arguments, message):
     captured = capsys.readouterr()
     assert captured.out == "" and message in captured.err
     assert captured.err.startswith("error: ") and captured.err.count("\n") == 1
+
+
+# ---- What a sceptical reader found ---------------------------------------------------------------
+
+
+def two_arms(shift):
+    """A table of two arms, the second `shift` worse, in random order of no consequence."""
+    n, d = grid()
+    frame = pd.DataFrame({"params": n, "tokens": d, "loss": surface(n, d, noise=1e-4)})
+    both = [frame.assign(precision="fp16"), frame.assign(precision="ternary")]
+    both[1]["loss"] *= 1 + shift
+    return pd.concat(both, ignore_index=True)
+
+
+def test_two_arms_under_one_law_are_no_result(tmp_path, capsys):
+    """Under Huber's loss two arms lie beyond its delta on either side: any law between them fits
+    as well. Least squares has an optimum there, and warns."""
+    path = tmp_path / "arms.csv"
+    two_arms(0.05).to_csv(path, index=False)
+    assert main([str(path), *COLUMNS]) == 2
+    error = capsys.readouterr().err
+    assert "column 'precision' has 2 values ('fp16', 'ternary')" in error
+    assert "are not determined" in error and error.count("\n") == 1
+    assert main([str(path), *COLUMNS, "--objective=log_mse"]) == 0
+    assert "warning: column 'precision' has 2 values" in capsys.readouterr().out
+    assert main([str(path), *COLUMNS, "--where=precision == 'fp16'", "--json"]) == 0
+    warnings = json.loads(capsys.readouterr().out)["warnings"]
+    assert len(warnings) == 1 and "each row counts as a run of its own" in warnings[0]
+
+
+def test_a_flat_objective_is_told():
+    frame = two_arms(0.05)
+    inputs = {"n": frame["params"].to_numpy(), "d": frame["tokens"].to_numpy()}
+    flat = fit("chinchilla", inputs, frame["loss"].to_numpy(), hold_out=False)
+    assert flat.undetermined and flat.covariance is None
+    assert any("no curvature at this optimum: E" in warning for warning in flat.warnings)
+    sharp = fit("chinchilla", inputs, frame["loss"].to_numpy(), objective="log_mse", hold_out=False)
+    assert sharp.undetermined == () and sharp.covariance is not None
+
+
+def test_starts_agree_only_in_the_same_place():
+    """Along a flat objective every start is as good, each elsewhere; at an optimum all are one."""
+
+    def solved(frame):
+        inputs = {"n": frame["params"].to_numpy(), "d": frame["tokens"].to_numpy()}
+        return solve(
+            Problem.of(LAWS["chinchilla"], inputs, frame["loss"].to_numpy(), OBJECTIVES["huber"])
+        )
+
+    flat, sharp = solved(two_arms(0.1)), solved(two_arms(0.0))
+    assert flat.share_of_starts + flat.share_elsewhere == 1 and flat.share_of_starts < 0.1
+    assert sharp.share_of_starts > 0.5 and sharp.share_elsewhere == 0
+
+
+def test_two_ratios_of_tokens_are_told():
+    """10 different budgets in all, but two of each size: the form of the law decides."""
+    n = np.repeat(np.geomspace(1e5, 3e7, 5), 2)
+    expected = "these points have two {} only"
+    for what, d in (
+        ("ratios of tokens to parameters", n * np.tile([10.0, 80.0], 5)),
+        ("products of n and d", 1e13 / n * np.tile([1.0, 8.0], 5)),
+    ):
+        found = fit("chinchilla", {"n": n, "d": d}, surface(n, d), hold_out=False)
+        assert sum(expected.format(what) in warning for warning in found.warnings) == 1
+    d = n * np.tile([10.0, 80.0], 5)
+    d[0] *= 4
+    third = fit("chinchilla", {"n": n, "d": d}, surface(n, d), hold_out=False)
+    assert not any("only" in warning for warning in third.warnings)
+
+
+def test_planned_counts_are_checked(table, tmp_path, capsys):
+    new = tmp_path / "new.csv"
+    pd.DataFrame({"params": [100.0], "tokens": [1e8]}).to_csv(new, index=False)
+    assert main([str(table), *COLUMNS, f"--predict={new}"]) == 2
+    assert "column 'params' has a median of 100" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_recovers_a_thousand_random_laws():
+    """Every one of them, to eight digits, each of a random design of five sizes."""
+    law, rng, worst = LAWS["chinchilla"], np.random.default_rng(1), []
+    for _ in range(1000):
+        sizes = rng.uniform(3e4, 1e7) * np.geomspace(1, rng.uniform(30, 1000), 5)
+        ratios = np.exp(rng.uniform(np.log(3), np.log(300), (5, 4)))
+        inputs = {"n": np.repeat(sizes, 4), "d": (sizes[:, None] * ratios).ravel()}
+        n, d = (np.exp(np.log(values).mean()) for values in inputs.values())
+        alpha, beta = rng.uniform(0.1, 0.8, size=2)
+        truth = {
+            "E": rng.uniform(0.3, 3),
+            "A": rng.uniform(0.1, 1.5) * n**alpha,
+            "B": rng.uniform(0.1, 1.5) * d**beta,
+            "alpha": alpha,
+            "beta": beta,
+        }
+        problem = Problem.of(law, inputs, law(truth, inputs), OBJECTIVES["huber"])
+        found = problem.natural(solve(problem).theta)
+        worst.append(max(abs(found[name] / truth[name] - 1) for name in truth))
+    assert max(worst) < 1e-8

@@ -14,7 +14,8 @@ from analysis.fitting import fit
 from analysis.laws import LAWS
 from analysis.predict import main
 from analysis.predictions import predict, scatter
-from analysis.scores import score
+from analysis.scores import read_predictions, score
+from analysis.tables import AnalysisError
 
 TRUTH = {"E": 1.2, "A": 22.0, "B": 60.0, "alpha": 0.3, "beta": 0.33}
 LAW = LAWS["chinchilla"]
@@ -217,6 +218,10 @@ def test_known_losses_are_left_behind(files):
         ([*ASK, "--planned=absent.csv"], "absent.csv: no such file"),
         ([*ASK, "--n=size"], "column 'size'"),
         (["table.csv", "--score=absent.json"], "absent.json"),
+        (["table.csv", "--score=absent.json", "--date=zzz"], "--date=zzz: expected YYYY-MM-DD"),
+        ([*ASK, "--bootstrap=1000000000"], "bootstrap=1000000000: 100000 are the most"),
+        ([*ASK, "--baseline=fp16"], "baseline='fp16': 'chinchilla' has no groups"),
+        ([*ASK, "--cluster="], "no column ''"),
         (["table.csv", "--score=table.csv"], "table.csv: it is no JSON"),
     ],
 )  # fmt: skip
@@ -272,7 +277,8 @@ def test_scores_by_hand():
         result(tokens=1_020_000, loss=1.0),
     ])  # fmt: skip
     found = score(DOCUMENT, results)
-    assert found.matched_by == ("size", "precision", "tokens", "seed")
+    assert found.matched_by == ("params", "tokens", "size", "precision", "seed")
+    assert "matched by params, tokens, size, precision, seed" in found.readable()
     assert found.rows["measured"].tolist() == [2.05, 2.3, 1.8]
     errors = [2.0 / 2.05 - 1, 2.2 / 2.3 - 1, 0.0]
     assert found.rows["relative_error"].tolist() == pytest.approx(errors)
@@ -282,7 +288,8 @@ def test_scores_by_hand():
     assert document["mean_relative_error"] == pytest.approx(np.mean(np.abs(errors)))
     assert document["max_relative_error"] == pytest.approx(-errors[1])
     assert [row["seed"] for row in document["missing"]] == [1]
-    assert document["warnings"] == [] and json.dumps(document)
+    assert document["warnings"] == ["3 results go with no planned row and are left out"]
+    assert json.dumps(document)
     assert "no result yet: size 2m, precision fp16, tokens 1000000, seed 1" in found.readable()
 
 
@@ -296,15 +303,19 @@ def test_seeds_that_were_not_planned_by_number_all_count():
     planned = [{k: v for k, v in prediction().items() if k != "seed"}]
     results = pd.DataFrame([result(seed=s, loss=2 + s / 10) for s in range(3)])
     found = score(DOCUMENT | {"planned": planned}, results)
-    assert found.matched_by == ("size", "precision", "tokens") and len(found.rows) == 3
+    assert found.matched_by == ("params", "tokens", "size", "precision")
+    assert len(found.rows) == 3
     assert found.coverage == pytest.approx(2 / 3)
 
 
 def test_columns_that_name_a_run():
     results = pd.DataFrame([result(seed=5)])
     assert len(score(DOCUMENT, results).rows) == 0
-    found = score(DOCUMENT, results, match=["precision", "tokens", "params"])
-    assert found.matched_by == ("precision", "tokens", "params") and len(found.rows) == 1
+    with pytest.raises(AnalysisError, match="several planned rows are the same in params, tokens"):
+        score(DOCUMENT, results, match=["precision"])
+    one_seed = DOCUMENT | {"planned": DOCUMENT["planned"][:2]}
+    found = score(one_seed, results, match=["precision"])
+    assert found.matched_by == ("params", "tokens", "precision") and len(found.rows) == 1
     others = [{"n": 1e6, "d": 2e6, "predicted": 2.0, "low": 1.9, "high": 2.1}]
     document = DOCUMENT | {"planned": others, "columns": {"n": "n", "d": "d"}}
     found = score(document, pd.DataFrame({"n": [1e6 + 1e-7, 2e6], "d": 2e6, "loss": 2.0}))
@@ -397,3 +408,99 @@ def test_extrapolation_of_chinchilla(tmp_path, capsys, objective, mean):
     document = json.loads(capsys.readouterr().out)
     assert document["results"] == 23 and document["warnings"] == []
     assert document["mean_relative_error"] == pytest.approx(mean, abs=2e-6)
+
+
+# ---- What a sceptical reader found ---------------------------------------------------------------
+
+
+def test_results_go_with_predictions_by_the_inputs_of_the_law():
+    """Columns N and D, an arm, and no size or tokens: each result with its own prediction."""
+    rows = [(n, d, arm) for arm in ("a", "b") for n in (1e6, 2e6) for d in (1e7, 4e7)]
+    planned = [
+        {"N": n, "D": d, "precision": arm, "predicted": 2.0 + i, "low": None, "high": None}
+        for i, (n, d, arm) in enumerate(rows)
+    ]
+    document = DOCUMENT | {"planned": planned, "columns": {"n": "N", "d": "D"}, "by": "precision"}
+    results = pd.DataFrame(rows, columns=["N", "D", "precision"]).assign(loss=np.arange(8) + 2.0)
+    found = score(document, results.sample(frac=1, random_state=0))
+    assert found.matched_by == ("N", "D", "precision")
+    assert len(found.rows) == 8 and not found.missing
+    assert (found.rows["predicted"] == found.rows["measured"]).all()
+    for missing in ("N", "precision"):
+        with pytest.raises(AnalysisError, match=f"the results have no column '{missing}'"):
+            score(document, results.drop(columns=missing))
+
+
+def test_results_that_are_not_told_apart():
+    again = [result(loss=2.0), result(loss=2.1)]
+    with pytest.raises(AnalysisError, match="result row 1 .* they have the same seed '0'"):
+        score(DOCUMENT, pd.DataFrame(again))
+    planned = [{k: v for k, v in prediction().items() if k != "seed"}]
+    bare = pd.DataFrame(again).drop(columns="seed")
+    with pytest.raises(AnalysisError, match="they have no seeds"):
+        score(DOCUMENT | {"planned": planned}, bare)
+    assert len(score(DOCUMENT | {"planned": planned}, bare.assign(run_id=["x", "y"])).rows) == 2
+    with pytest.raises(AnalysisError, match="such as 0 and 1: give a column"):
+        score(DOCUMENT | {"planned": [prediction(), prediction()]}, pd.DataFrame(again[:1]))
+
+
+def test_planned_rows_in_other_units_and_beyond(files, capsys):
+    document = asked("--bootstrap=0")
+    assert document["warnings"] == [
+        f"{arm}: {name} of {count} of {count} rows lies beyond the fitted range, {ends}, by a "
+        "factor of up to 2"
+        for arm, count in (("fp16", 2), ("ternary", 1))
+        for name, ends in (("n", "30k to 1M"), ("d", "1M to 8M"))
+    ]
+    assert "warning: fp16: n of 2 of 2 rows lies beyond" in capsys.readouterr().out
+    files.assign(params=2.0).to_csv("planned.csv", index=False)
+    assert main([*ASK, "--out=other.json"]) == 2
+    assert "column 'params' has a median of 2: counts" in capsys.readouterr().err
+
+
+def test_two_arms_without_a_fit_each(files, capsys):
+    ask = [a for a in ASK if not a.startswith("--by")]
+    assert main([*ask, "--objective=log_mse", "--bootstrap=0", "--out=mixed.json"]) == 0
+    warnings = json.loads(Path("mixed.json").read_text())["warnings"]
+    assert "column 'precision' has 2 values" in warnings[-1] and "--by" in warnings[-1]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"planned": 3}, "'planned' is not a list of rows"),
+        ({"planned": {"a": 1}}, "'planned' is not a list of rows"),
+        ({"planned": []}, "'planned' is not a list of rows"),
+        ({"planned": [1]}, "'planned' is not a list of rows"),
+        ({"planned": [{"low": 1.0, "high": 2.0}]}, "planned row 0: 'predicted' is None"),
+        ({"planned": [{"predicted": 2.0}]}, "planned row 0: 'low' is None"),
+        ({"planned": [prediction(predicted=None)]}, "'predicted' is None"),
+        ({"planned": [prediction(predicted=float("inf"))]}, "'predicted' is inf"),
+        ({"planned": [prediction(predicted=-1)]}, "'predicted' is -1"),
+        ({"planned": [prediction(low="x")]}, "'low' is 'x'"),
+        ({"planned": [prediction(low=2.5)]}, "low 2.5 lies above high 2.1"),
+        ({"planned": [prediction(low=None)]}, "it has one end of an interval"),
+        ({"planned": [prediction(size={"a": 1})]}, "'size' is no single value"),
+        ({"columns": ["params"]}, "'columns' is not a column for each input"),
+        ({"columns": None}, "'columns' is not a column for each input"),
+        ({"columns": {"n": ["params"]}}, "'columns.n' is not text"),
+        ({"loss": ["loss"]}, "'loss' is not text"),
+        ({"fitted_rows": None}, "'fitted_rows' is not a list of texts"),
+        ({"sha256": 3}, "'sha256' is not text"),
+        ({"by": 3}, "'by' is not text"),
+    ],
+)
+def test_doctored_prediction_files(tmp_path, change, message):
+    path = tmp_path / "doctored.json"
+    path.write_text(json.dumps(DOCUMENT))
+    assert read_predictions(path) == DOCUMENT
+    path.write_text(json.dumps(DOCUMENT | change))
+    with pytest.raises(AnalysisError, match=message):
+        read_predictions(path)
+
+
+def test_a_file_that_nests_too_deeply(tmp_path):
+    path = tmp_path / "deep.json"
+    path.write_text("[" * 100_000)
+    with pytest.raises(AnalysisError, match="it is no JSON"):
+        read_predictions(path)

@@ -6,8 +6,12 @@ import pytest
 
 from analysis.tables import (
     AnalysisError,
+    clusters_of,
     count_text,
     finished,
+    fitted_rows,
+    labels,
+    mixed_arms,
     paired_differences,
     points,
     read_table,
@@ -76,12 +80,19 @@ def test_select(frame, expression, rows):
         "loss < size",
         "n > 1e12",
         "",
+        '"a" * 10000000000 == size',
+        'size * 10000000000 == "a"',
+        '["a"] * 10000000000 == size',
+        "-" * 50_000 + "n > 0",
+        "-" * 1900 + "n > 0",
+        "not " * 20_000 + "n > 0",
+        "1 + " * 10_000 + "n > 0",
     ],
 )
 def test_select_refuses(frame, expression):
     with pytest.raises(AnalysisError) as caught:
         select(frame, expression)
-    assert "\n" not in str(caught.value)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 250
 
 
 def test_finished_drops_diverged_and_undecayed(frame):
@@ -113,8 +124,9 @@ def test_bits_are_refused(frame):
 
 
 def test_count_text():
-    counts = [12, 2.1e5, 5.184e6, 70e9, 1.4e12]
-    assert [count_text(count) for count in counts] == ["12", "210k", "5.18M", "70B", "1.4T"]
+    counts = [12, 2.1e5, 5.184e6, 70e9, 1.4e12, 1e16, np.inf]
+    shown = ["12", "210k", "5.18M", "70B", "1.4T", "1.00e16", "inf"]
+    assert [count_text(count) for count in counts] == shown
 
 
 def test_pairs_share_size_tokens_and_seed():
@@ -132,3 +144,102 @@ def test_pairs_share_size_tokens_and_seed():
     assert pairs.loc[0, "difference"] == pytest.approx(0.1)
     assert pairs.loc[0, "stderr"] == pytest.approx(0.03 * np.sqrt(2))
     assert pairs.loc[0, "relative"] == pytest.approx(0.1 / 3)
+
+
+@pytest.mark.parametrize(
+    ("values", "rows"),
+    [
+        ([True, False, True], [0, 2]),
+        ([1, 0, 1], [0, 2]),
+        (["true", "False", "TRUE"], [0, 2]),
+        (pd.array([True, False, True], dtype="boolean"), [0, 2]),
+    ],
+)
+def test_decayed_is_true_or_false(frame, values, rows):
+    table = frame.assign(decayed=values, status="ok")
+    assert finished(table).index.tolist() == rows
+    with pytest.raises(AnalysisError, match="1 of 3 rows are not at the end"):
+        fitted_rows(table)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (["yes", "no", "yes"], "row 0: yes"),
+        ([True, None, True], "row 1: None"),
+        ([1.0, np.nan, 1.0], "row 1: nan"),
+        ([1, 2, 0], "row 1: 2"),
+        (pd.array([True, True, pd.NA], dtype="boolean"), "row 2: <NA>"),
+    ],
+)
+def test_decayed_is_nothing_else(frame, values, shown):
+    with pytest.raises(AnalysisError, match=f"'decayed', {shown} is not true or false"):
+        finished(frame.assign(decayed=values))
+
+
+def test_a_status_that_leaves_out_all_rows(frame):
+    gaps = frame.assign(status=pd.array(["ok", pd.NA, "ok"], dtype="string"))
+    assert finished(gaps).index.tolist() == [0, 2]
+    with pytest.raises(AnalysisError, match="'status' leaves out all 3 rows: only 'ok' counts"):
+        fitted_rows(frame.assign(status="OK"))
+
+
+def test_an_index_that_names_runs_is_a_column(frame, tmp_path):
+    frame.assign(run_id=["a", "b", "c"]).set_index("run_id").to_parquet(tmp_path / "a.parquet")
+    read = read_table(tmp_path / "a.parquet")
+    assert read["run_id"].tolist() == ["a", "b", "c"]
+    assert clusters_of(read, None)[0].tolist() == ["a", "b", "c"]
+
+
+def test_names_have_no_gaps(frame):
+    for gap in (None, np.nan):
+        with pytest.raises(AnalysisError, match="'size', row 1: it is empty \\(1 of 3 are\\)"):
+            labels(frame.assign(size=["a", gap, "b"]), "size")
+    found, warnings = clusters_of(frame, None)
+    assert found is None and "each row counts as a run of its own" in warnings[0]
+    assert clusters_of(frame, "size")[1] == ()
+    with pytest.raises(AnalysisError, match="no column ''"):
+        clusters_of(frame, "")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"loss": [3.0, 1e300, 2.0]}, "'loss', row 1: 1e\\+300 is expected between"),
+        ({"d": [1e8, 1e8, 1e300]}, "'d', row 2: 1e\\+300 is expected between 1 and 1e\\+30"),
+        ({"n": [1e6, 1e-300, 1e6]}, "'n', row 1: 1e-300 is expected between 1 and"),
+        ({"loss": [[3.0], [2.0], [1.0]]}, "'loss', row 0: \\[3.0\\] is not a positive"),
+        ({"loss": [{"a": 3.0}] * 3}, "'loss', row 0: {'a': 3.0} is not a positive"),
+        ({"bits_per_byte": [3.0, 2.5, 2.2]}, "'loss' equals bits_per_byte"),
+        ({"bits_per_byte": [6.0, 5.0, 4.4]}, "mean 0.721 to 0.721 bytes a token"),
+        ({"bits_per_byte": [1.0, 2.5, 2.0]}, "mean 1.44 to 4.33 bytes a token"),
+        ({"run_id": "a", "tokens": 1e8, "d": 1e8}, "row 1 repeats an earlier row in run_id, d:"),
+        ({"n": 1e6, "d": 1e8, "loss": 3.0}, "row 1 repeats an earlier row in n, d, loss:"),
+    ],
+)
+def test_more_implausible_values(frame, change, message):
+    with pytest.raises(AnalysisError, match=message):
+        points(frame.assign(**change), {"n": "n", "d": "d"}, "loss")
+
+
+def test_what_is_no_repetition(frame):
+    """Seeds of one run's loss, and columns of lists that no one asked for."""
+    columns = {"n": "n", "d": "d"}
+    alike = frame.assign(n=1e6, d=1e8, loss=3.0, seed=[0, 1, 2], extra=[[1], [1], [1]])
+    assert points(alike, columns, "loss")[1].tolist() == [3.0] * 3
+    consistent = frame.assign(bits_per_byte=frame["loss"] / 2.5)
+    assert points(consistent, columns, "loss")[1].tolist() == [3.0, 2.5, 2.2]
+
+
+@pytest.mark.parametrize("name", ["bpc", "val_ppl", "Perplexity", "loss_bits", "BPB"])
+def test_losses_in_other_units_by_name(frame, name):
+    with pytest.raises(AnalysisError, match="expected in nats a token"):
+        points(frame.rename(columns={"loss": name}), {"n": "n"}, name)
+    points(frame.rename(columns={"loss": "supply"}), {"n": "n"}, "supply")
+
+
+def test_arms_are_known_by_their_columns(frame):
+    assert mixed_arms(frame) is None
+    assert mixed_arms(frame.assign(precision="fp16", variant=np.nan)) is None
+    assert "'variant' has 2 values" in mixed_arms(frame.assign(variant=["a", np.nan, np.nan]))
+    assert "'precision' has 3 values" in mixed_arms(frame.assign(precision=["a", "b", "c"]))
