@@ -4,6 +4,8 @@ import contextlib
 import hashlib
 import json
 import os
+import re
+import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -14,6 +16,9 @@ from bitnet_jax.errors import ConfigError
 # Of every file of a sweep. 2: digests in JSON, fingerprints in checkpoints, headers in logs.
 SCHEMA_VERSION = 2
 DIGEST = "sha256"
+
+# What a process that was killed leaves of `replacing`, and of orbax's like of it.
+_TORN = re.compile(r"\..+\.[0-9a-f]{32}|.+\.orbax-checkpoint-tmp.*", re.DOTALL)
 
 
 class DamagedFile(ConfigError):
@@ -48,6 +53,22 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def remove_torn(directory: Path) -> None:
+    """Remove what writers that were killed have left in a directory of what they wrote.
+
+    For who is alone there: what somebody is about to write would go, too.
+    """
+    if not directory.is_dir():
+        return
+    for path in directory.iterdir():
+        if not _TORN.fullmatch(path.name):
+            continue
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def digest(value: Any) -> str:

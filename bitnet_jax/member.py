@@ -2,6 +2,7 @@
 
 import dataclasses
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from bitnet_jax import telemetry, tracking
 from bitnet_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from bitnet_jax.data import Corpus, train_batches
 from bitnet_jax.disk import Patience, is_full
-from bitnet_jax.files import SCHEMA_VERSION, within, write_json
+from bitnet_jax.files import SCHEMA_VERSION, remove_torn, within, write_json
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.spec import RunSpec
@@ -82,6 +83,7 @@ class Progress:
     skips: non-finite steps in a row; worst_skips: the most of this segment; skipped: in all.
     finite_losses: whether the losses of these were finite; collapsed: of `worst_skips`, too, where
       the loss is scaled.
+    group: the ids of the runs that it was begun with.
     metrics_bytes, metrics_sha256: how much of metrics.jsonl this progress has written, and what.
     model: the fingerprint of the parameters in `model/`. origins: the distinct values of
       provenance under which the run has been trained, in order.
@@ -106,6 +108,7 @@ class Progress:
     collapsed: bool = False
     endpoints: list[dict] = dataclasses.field(default_factory=list)
     run_id: str = ""
+    group: list[str] = dataclasses.field(default_factory=list)
     metrics_bytes: int = 0
     metrics_sha256: str | None = None
     model: str | None = None
@@ -137,6 +140,8 @@ class Member:
     def _prepare(self) -> Checkpointer:
         within(self.run_dir, *(self.run_dir / name for name in WRITTEN_IN_PLACE))
         self.run_dir.mkdir(parents=True, exist_ok=True)
+        for directory in (self.run_dir, self.run_dir / "checkpoints"):
+            remove_torn(directory)
         return Checkpointer(self.run_dir / "checkpoints")
 
     @property
@@ -148,13 +153,19 @@ class Member:
     def _header(self) -> dict[str, Any]:
         return {"schema_version": SCHEMA_VERSION, "run_id": self.spec.run_id, **self._origin}
 
-    def open(self) -> None:
-        """Write the config, and open the logs, cut back to what the progress knows of."""
+    def open(self, group: Sequence[str]) -> None:
+        """Write the config, and open the logs, cut back to what the progress knows of.
+
+        group: the ids of the runs that train with it. The file says with which it was begun, since
+        it goes on with them after an interruption: programs of other numbers round otherwise.
+        """
         for key, value in tracking.provenance().items():
             known = self.progress.origins.setdefault(key, [])
             if value not in known:
                 known.append(value)
         document = {**self._header, "identity": self.spec.identity(), "config": self._config}
+        self.progress.group = self.progress.group or list(group)
+        document["group"] = self.progress.group
         write_json(self.run_dir / "config.json", document)
         self._log = tracking.MetricsLog(
             self.run_dir / "metrics.jsonl", self.spec.run_id, keep=self.progress.metrics_bytes

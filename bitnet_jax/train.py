@@ -193,7 +193,7 @@ class _Loop:
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
         self.guard()
         for member in self.members:
-            member.open()
+            member.open([job.spec.run_id for job in jobs])
 
     def _restore(self) -> None:
         """Go back to the newest checkpoint that every member has and that is what was saved.

@@ -15,7 +15,7 @@ from ml_collections import ConfigDict
 from bitnet_jax.configs.resolve import group_size, loop_options, resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError, clipped, one_line, shown
-from bitnet_jax.files import DamagedFile, within
+from bitnet_jax.files import DamagedFile, read_json, within
 from bitnet_jax.member import WRITTEN_IN_PLACE
 from bitnet_jax.spec import RunSpec
 from experiments.summary import read_summary
@@ -43,6 +43,18 @@ class PlannedRun:
     @property
     def started(self) -> bool:
         return (self.directory / "config.json").exists()
+
+    @property
+    def group(self) -> tuple[str, ...] | None:
+        """The ids of the runs that it was begun with; () where that is not known, None of a
+        run that is new."""
+        try:
+            group = read_json(self.directory / "config.json").get("group", ())
+            return tuple(str(run_id) for run_id in group)
+        except ABSENT:
+            return None
+        except (OSError, ValueError, TypeError):
+            return ()
 
     @property
     def state(self) -> str:

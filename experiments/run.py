@@ -20,6 +20,7 @@ import shlex
 import signal
 import sys
 import time
+import uuid
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -32,7 +33,7 @@ from rich.table import Table
 
 from bitnet_jax import data, programs
 from bitnet_jax.errors import ConfigError, one_line
-from bitnet_jax.files import read_json
+from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
 from experiments import command_line, display, report
@@ -55,6 +56,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, data.DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:  # before the training, or while its results are written
+        print("interrupted; all is saved. To go on, give the same command again", file=sys.stderr)
+        return 128 + signal.SIGINT
 
 
 def quiet_libraries() -> None:
@@ -108,11 +112,11 @@ def _check_memory(plan: Plan) -> None:
 
 def _make_writable(directory: Path) -> None:
     """Make the sweep's directory, or say that the workdir is wrong."""
-    probe = directory / f".probe-{os.getpid()}"
+    probe = directory / f".probe.{uuid.uuid4().hex}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         probe.touch()
-        probe.unlink(missing_ok=True)  # another machine's process may have this one's number
+        probe.unlink(missing_ok=True)  # one that has ended its sweep clears such names away
     except OSError as error:
         raise ConfigError(
             f"workdir={str(directory.parent)!r}: cannot write there ({error.strerror}); "
@@ -132,6 +136,8 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
                 screen.print("interrupted; all is saved. To go on, give the same command again:")
                 screen.print(f"  {command}", soft_wrap=True, markup=False)
                 return 128 + (stop.signal or signal.SIGINT)
+        for directory in (plan.directory, plan.directory / "figures"):
+            remove_torn(directory)
         tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
         table = collect(plan.directory, failures, tags)
         _show_endpoints(screen, plan.name, table)

@@ -18,6 +18,7 @@ from bitnet_jax.files import (
     NewerFile,
     digest,
     read_json,
+    remove_torn,
     replacing,
     within,
     write_json,
@@ -33,6 +34,24 @@ def names(directory):
 
 
 # Whole or not at all
+
+
+def test_what_killed_writers_have_left_goes_and_nothing_else(tmp_path):
+    """Files and orbax's folders of temporary names; a link goes, not what it leads to."""
+    kept = ("a.json", ".a.json", ".hidden.0123", "model", "12", ".lockfile", f"a.json.{'0' * 32}")
+    for name in kept:
+        (tmp_path / name).write_text("kept")
+    with contextlib.suppress(ZeroDivisionError), replacing(tmp_path / "b.json") as torn:
+        torn.write_text("torn")
+        left = torn.name
+        raise ZeroDivisionError
+    (tmp_path / left).write_text("as SIGKILL leaves it")
+    (tmp_path / "14.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    (tmp_path / "model.orbax-checkpoint-tmp-17").mkdir()
+    (tmp_path / "16.orbax-checkpoint-tmp").symlink_to(tmp_path / "model")
+    remove_torn(tmp_path)
+    assert names(tmp_path) == sorted(kept)
+    remove_torn(tmp_path / "none")
 
 
 @pytest.mark.parametrize(

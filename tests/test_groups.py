@@ -105,6 +105,9 @@ def test_members_agree_with_lone_runs(finished, jobs_of, tiny_corpus, tmp_path):
         assert_agree(of(directory, run), job.run_dir, 1e-5)
         found, lone = (json.loads((d / "config.json").read_text()) for d in
                        (of(directory, run), job.run_dir))  # fmt: skip
+        own = found.pop("group"), lone.pop("group")
+        assert own == ([each.spec.run_id for each in jobs], [job.spec.run_id])
+        del found["sha256"], lone["sha256"]
         assert found == lone and found["run_id"] == job.spec.run_id
     losses = [endpoints(of(directory, run))[1]["loss"] for run in range(3)]
     assert all(abs(a - b) > 1e-3 for a, b in zip(losses, losses[1:] + losses[:1], strict=True))

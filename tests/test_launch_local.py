@@ -1,6 +1,7 @@
 """How a plan's runs are put into groups and trained side by side, what a person sees of them, and
 sweeps of groups."""
 
+import dataclasses
 import io
 import itertools
 import json
@@ -16,6 +17,8 @@ from run_files import write_summary
 
 from bitnet_jax import train
 from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.files import write_json
+from bitnet_jax.member import Member
 from bitnet_jax.train import Interrupted, Report, train_and_evaluate
 from experiments import display
 from experiments.launch import local
@@ -72,6 +75,66 @@ def test_finished_runs_are_left_out_and_no_place_is_kept_for_them(planned):
 def test_runs_of_other_options_are_not_mixed(planned, option, value):
     """A group is launched with the options of its first run; they must be everyone's."""
     runs = [planned(4, seed, {option: value} if seed % 2 else {}) for seed in range(4)]
+    assert names(grouped(runs), runs) == [[0, 2], [1, 3]]
+
+
+def begun(run, group):
+    """As a launch leaves it that was killed in its first steps."""
+    run.directory.mkdir(parents=True)
+    write_json(run.directory / "config.json", {"group": [each.spec.run_id for each in group]})
+
+
+def test_an_interrupted_group_stays_what_it_was(planned):
+    """Be it that only one of it had been begun, or that some of it are finished: programs of other
+    numbers of runs round otherwise, so no two groups are mixed, and none is parted."""
+    runs = [planned(3, seed) for seed in range(9)]
+    begun(runs[1], runs[:3])
+    assert names(grouped(runs), runs) == [[0, 1, 2], [3, 4, 5], [6, 7, 8]]
+    begun(runs[4], [runs[3], runs[4], runs[7]])
+    assert names(grouped(runs), runs) == [[0, 1, 2], [3, 4, 7], [5, 6, 8]]
+    for i in (0, 2):
+        begun(runs[i], runs[:3])
+        write_summary(runs[i].directory, runs[i].spec)
+    assert names(grouped(runs), runs) == [[1], [3, 4, 7], [5, 6, 8]]
+
+
+@pytest.mark.slow
+def test_a_group_killed_while_it_begins_comes_to_the_same_bits(
+    planned, tiny_corpus, tmp_path, monkeypatch
+):
+    """One of three has its config.json, and they are trained as three all the same."""
+    logs = []
+    for name in ("undisturbed", "killed"):
+        seeds = (planned(3, seed, {"train.tokens": (1280,), "log.every": 3}) for seed in range(3))
+        runs = tuple(
+            dataclasses.replace(run, directory=tmp_path / name / run.spec.run_id) for run in seeds
+        )
+        plan = Plan("tiny", tmp_path / name, tiny_corpus, runs)
+        show, original = display.SweepDisplay(Console(file=io.StringIO()), plan), Member.open
+
+        def kill(member, group, original=original, first=runs[0]):
+            if member.spec != first.spec:
+                raise KeyboardInterrupt
+            original(member, group)
+
+        if name == "killed":
+            with monkeypatch.context() as patch:
+                patch.setattr(Member, "open", kill)
+                with pytest.raises(KeyboardInterrupt):
+                    local.train_all(plan, show, lambda tick: False)
+            assert [run.started for run in runs] == [True, False, False]
+        assert local.train_all(plan, show, lambda tick: False) == {}
+        logs.append([(run.directory / "metrics.jsonl").read_bytes() for run in runs])
+    assert logs[0] == logs[1]
+
+
+def test_a_run_that_does_not_say_with_whom_it_was_begun(planned):
+    """By an earlier version, or of a damaged file: with others of that kind."""
+    runs = [planned(3, seed) for seed in range(4)]
+    for i in (0, 2):
+        runs[i].directory.mkdir(parents=True)
+    write_json(runs[0].directory / "config.json", {"run_id": "of no group"})
+    (runs[2].directory / "config.json").write_bytes(b"{")
     assert names(grouped(runs), runs) == [[0, 2], [1, 3]]
 
 

@@ -354,6 +354,22 @@ def test_files_of_the_past_are_cleared_away(launcher, tmp_path):
     last.check([other])
 
 
+def test_what_the_dead_have_left_of_finished_runs_is_cleared_away(holder, launcher, tmp_path):
+    """What one that lives holds stays, and what is not finished; without a folder none is made."""
+    finisher = launcher()
+    finisher.clear(["run"])
+    assert not (tmp_path / "leases").exists()
+    process = holder()
+    process.kill()
+    process.wait()
+    living = launcher()
+    living.claim(["b"])
+    (unfinished,) = living.claim(["c"])
+    living.release(unfinished, done=False)
+    finisher.clear(["run", "b", "none"])
+    assert files(tmp_path) == ["b.1", "c.1"]
+
+
 def test_a_claimant_that_read_the_folder_long_ago_finds_out(launcher, tmp_path, monkeypatch):
     """Generations have come and gone since, so that its own is free, but not the highest."""
     late, others = launcher(), [launcher() for _ in range(4)]

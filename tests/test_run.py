@@ -393,6 +393,19 @@ def test_stop_request_and_dry_run_of_an_interrupted_run(single, tmp_path, monkey
     assert (table_of(tmp_path)["status"] == "ok").all()
 
 
+@pytest.mark.parametrize("when", ["make_plan", "collect"])
+def test_ctrl_c_before_and_after_the_training(single, tmp_path, monkeypatch, capsys, when):
+    """One line and its status, whenever it comes."""
+
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(f"experiments.run.{when}", interrupted)
+    assert run(*single, f"--workdir={tmp_path}") == 130
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and error.startswith("interrupted; all is saved")
+
+
 @pytest.mark.slow
 def test_ctrl_c_then_the_printed_command(tiny_overrides, tmp_path):
     """130, how to go on, and by just that command the endpoints of an undisturbed run."""

@@ -128,6 +128,22 @@ def assert_same_results(directory, expected):
 # Resumption
 
 
+def test_what_a_killed_launch_has_left_is_cleared_away(launch, undisturbed, tmp_path):
+    """Temporaries of JSON files, and checkpoints and a model that were torn: at the latest with the
+    launch that finishes the run, which writes the last two anew."""
+    launch(tmp_path, SHORT, stop=12)
+    torn = [f".config.json.{'0' * 32}", f".summary.json.{'f' * 32}"]
+    for name in torn:
+        (tmp_path / name).write_text("{")
+    for name in ("model", "checkpoints/9", "checkpoints/22"):
+        (tmp_path / f"{name}.orbax-checkpoint-tmp" / "state").mkdir(parents=True)
+    launch(tmp_path, SHORT)
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {path.name for path in undisturbed(**SHORT).iterdir()}
+    assert all(path.name.isdecimal() for path in (tmp_path / "checkpoints").iterdir())
+    assert_same_results(tmp_path, undisturbed(**SHORT))
+
+
 @pytest.mark.parametrize(
     "stops",
     [

@@ -17,6 +17,7 @@ While a run is unfinished its highest generation stays, released or not: were it
 that has read it and one that has not would create different files. Of a finished run none stays.
 """
 
+import contextlib
 import dataclasses
 import fcntl
 import hashlib
@@ -157,6 +158,18 @@ class Leases:
                 pass  # taken over, or left for the next claimant to find dead
             finally:
                 os.close(lease.descriptor)
+
+    def clear(self, finished: Iterable[str]) -> None:
+        """Delete what launchers that died have left of finished runs."""
+        try:
+            known = self._highest()
+        except OSError:  # no folder: nobody has left anything
+            return
+        for name in finished:
+            if _stem(name) in known:
+                with contextlib.suppress(Held):  # by one that is about to release it
+                    (lease,) = self.claim([name])
+                    self.release(lease, done=True)
 
     def beat(self) -> None:
         """One heartbeat of every lease held."""

@@ -73,7 +73,9 @@ def train_all(
       ConfigError: the leases cannot be written.
     """
     with Leases(plan.directory / "leases") as leases:
-        return _Launch(plan, display, should_stop, leases).run()
+        failures = _Launch(plan, display, should_stop, leases).run()
+        leases.clear(run.spec.run_id for run in plan.runs if run.finished)
+    return failures
 
 
 @contextlib.contextmanager
@@ -317,18 +319,29 @@ def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
     """The unfinished runs in groups that train as one program, in the order of their first runs."""
     groups: dict[tuple, list[list[PlannedRun]]] = {}
     order = []
-    for run in runs:
-        if run.finished:
-            continue
+    unfinished = [run for run in runs if not run.finished]
+    begun_with = _begun_with(unfinished)
+    for run in unfinished:
         size = group_size(run.config)
         # A run that is half done does not go back to the start for the sake of a new one.
-        key = run.spec.group, loop_options(run.config), size, run.started
+        together = begun_with.get(run.spec.run_id)
+        key = run.spec.group, loop_options(run.config), size, together
         kind = groups.setdefault(key, [])
         if not kind or len(kind[-1]) == size:
             kind.append([])
             order.append(kind[-1])
         kind[-1].append(run)
     return order
+
+
+def _begun_with(runs: list[PlannedRun]) -> dict[str, tuple[str, ...]]:
+    """By run id the group that a run was begun in, be it that only others of it have been."""
+    known = {run.spec.run_id: run.group for run in runs}
+    begun = {run_id: group for run_id, group in known.items() if group is not None}
+    for group in list(begun.values()):
+        for run_id in group:
+            begun.setdefault(run_id, group)
+    return begun
 
 
 def _outcome(summary: dict[str, Any]) -> str:
