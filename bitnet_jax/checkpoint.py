@@ -154,9 +154,13 @@ class Checkpointer:
             gc.collect()  # while it is quiet
         raise DamagedCheckpoint(f"{kind}: it cannot be read ({problem})")
 
+    def wait(self) -> None:
+        """Until the last save is on disk. Raises what its writing did."""
+        self._manager.wait_until_finished()
+
     def close(self) -> None:
         """Wait for the last save; only then is it on disk."""
-        self._manager.wait_until_finished()
+        self.wait()
         self._manager.close()
 
 

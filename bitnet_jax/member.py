@@ -68,11 +68,16 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A run to train. config: what the user wrote, resolved, kept beside the run's identity."""
+    """A run to train. config: what the user wrote, resolved, kept beside the run's identity.
+
+    microbatches: of a step, where they are to be more than the spec's: those of a run that is made
+      again, whose batch was cut for want of memory. They change how sums are rounded.
+    """
 
     spec: RunSpec
     run_dir: Path
     config: dict[str, Any]
+    microbatches: int = 0
 
 
 @dataclasses.dataclass
@@ -89,6 +94,7 @@ class Progress:
       provenance under which the run has been trained, in order.
     idle: whether the run waits for this segment's end, since it has diverged in it.
     microbatches: of a step, more than were asked for where memory ran out; 0 before the first step.
+    groups: how many runs trained as one program with it, itself included: the distinct numbers.
     rollbacks: made so far, of the trunk and all decays. shift, trunk_shift: how often the data has
       been moved on, in this segment and in the trunk that it belongs to.
     anchor: this progress at the last anchor.
@@ -117,6 +123,7 @@ class Progress:
     has_stash: bool = False
     idle: bool = False
     microbatches: int = 0
+    groups: list[int] = dataclasses.field(default_factory=list)
     rollbacks: int = 0
     shift: int = 0
     trunk_shift: int = 0
@@ -224,6 +231,8 @@ class Member:
         kept = {
             "wall_s": now.wall_s,
             "microbatches": now.microbatches,
+            "groups": now.groups,
+            "origins": now.origins,
             "rollbacks": now.rollbacks + blamed,
             "anchor": anchor,
         }
@@ -393,6 +402,7 @@ class Member:
             "skipped_steps": self.progress.skipped,
             "rollbacks": self.progress.rollbacks,
             "microbatches": self.progress.microbatches,
+            "groups": self.progress.groups,
             "wall_s": self.progress.wall_s,
             "total_flops": float(self.spec.total_flops),
             "metrics": {"bytes": self._log.bytes, "sha256": self._log.digest},

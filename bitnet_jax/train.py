@@ -83,7 +83,7 @@ def train_group(
     Raises:
       Interrupted: should_stop said so; calling again goes on from there.
     """
-    microbatches = jobs[0].spec.step.microbatches
+    microbatches = max(jobs[0].spec.step.microbatches, *(job.microbatches for job in jobs))
     while True:
         try:
             loop = _Loop(jobs, corpus, options, should_stop, guard, microbatches)
@@ -190,6 +190,7 @@ class _Loop:
         self.step = dataclasses.replace(self.spec.step, microbatches=parts)
         for member in self.members:
             member.progress.microbatches = parts
+            member.progress.groups = sorted({*member.progress.groups, self.runs})
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
         self.guard()
         for member in self.members:

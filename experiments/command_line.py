@@ -23,6 +23,7 @@ DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
 Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR  --dry_run
+       --reproduce=RUN_DIR
 Every key and what it means: {DEFAULT_RUN.relative_to(ROOT)}"""
 
 
@@ -32,19 +33,21 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """sweep, dry_run, workdir and config of a command line.
+    """sweep, dry_run, workdir, reproduce and config of a command line.
 
     Raises:
       ConfigError: a missing config file or one that lacks keys, an unknown flag or key, a value of
-        the wrong type, or what no file name can hold.
+        the wrong type, what no file name can hold, or flags that do not go together.
     """
     _check_text(argv)
+    configured = [a for a in argv[1:] if re.match("--?config", a)]
     argv = _with_config(list(argv))
     config = _check_keys(argv)
     values = flags.FlagValues()
     flags.DEFINE_bool("sweep", False, "run the sweep of the config file", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan, train nothing", flag_values=values)
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
+    flags.DEFINE_string("reproduce", None, "a run directory to make again", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     try:
         with warnings.catch_warnings():
@@ -58,6 +61,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         raise ConfigError("workdir='': give a directory, such as results")
     if len(rest) > 1:
         raise ConfigError(f"{shown(rest[1])}: unexpected argument; flags begin with --")
+    if values.reproduce is not None:
+        for flag in (*(["--sweep"] if values.sweep else []), *configured):
+            right = "it does not go with --reproduce, which takes the run's own config.json"
+            raise ConfigError(f"{clipped(flag)}: {right}")
     return values
 
 

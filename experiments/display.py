@@ -85,7 +85,7 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
 def run_memory(run: PlannedRun) -> int:
     """Estimated peak bytes of a run's step; one microbatch is in flight at a time."""
     spec = run.spec
-    tokens = spec.batch_tokens // spec.step.microbatches
+    tokens = spec.batch_tokens // max(spec.step.microbatches, run.microbatches)
     return cost.training_memory(
         spec.step.model, spec.step.precision, tokens, spec.data.sequence_length
     )

@@ -30,11 +30,15 @@ ONE_A_SWEEP = ("name", "data.source")  # the table and the corpus
 
 @dataclasses.dataclass(frozen=True)
 class PlannedRun:
-    """One run: what the user's config became, and the spec resolved from it."""
+    """One run: what the user's config became, and the spec resolved from it.
+
+    microbatches: see `Job`.
+    """
 
     spec: RunSpec
     config: ConfigDict
     directory: Path
+    microbatches: int = 0
 
     @property
     def finished(self) -> bool:

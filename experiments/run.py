@@ -3,14 +3,21 @@
     python -m experiments.run --sweep                        # the quickstart sweep and its report
     python -m experiments.run --sweep --config=sweeps/isoflop.py:size=800k --dry_run
     python -m experiments.run --config.model.size=95k --config.precision=fp16     # one run
+    python -m experiments.run --reproduce=results/quickstart/runs/RUN_ID          # again, compared
 
 With --sweep: every run that the config file's `sweep` yields, then endpoints.parquet, fits.json,
 figures/ and report.html. Without: the one run that the config describes. What is finished is
 skipped, what was interrupted goes on. The same command given several times at once, on one machine
 or on several that share the workdir, shares the runs out; each ends when all are finished.
 
+With --reproduce: trains a finished run afresh, and alone, from its config.json, in `reproduced` of
+the workdir (never where the original lies), compares endpoints, metrics.jsonl and model with it to
+the bit, and shows where both come from. reproduction.json beside the new run says the same.
+
 Exit status: 0 all endpoints there; 1 some run failed or diverged (the rest is complete); 2 bad
-usage or config; 130 or 143 interrupted by Ctrl-C or SIGTERM, state saved.
+usage or config; 130 or 143 interrupted by Ctrl-C or SIGTERM, state saved. A second signal ends the
+process at once, by that signal (a shell's 130 or 143); what was saved before is whole. Of
+--reproduce: 0 equal to the bit; 1 different or failed; 2, 130 and 143 as above.
 """
 
 import contextlib
@@ -22,12 +29,13 @@ import sys
 import time
 import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import jax
 import pandas as pd
 from absl import logging as absl_logging
+from absl.flags import FlagValues
 from rich.console import Console
 from rich.table import Table
 
@@ -36,7 +44,7 @@ from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
-from experiments import command_line, display, report
+from experiments import command_line, display, report, reproduce
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
 from experiments.launch.local import StopRequest, alone, train_all
@@ -53,12 +61,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     quiet_libraries()
     try:
         return _run(argv)
+    except _Stopped as stopped:
+        return stopped.status
     except (ConfigError, data.DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:  # before the training, or while its results are written
         print("interrupted; all is saved. To go on, give the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
+
+
+class _Stopped(Exception):
+    """A signal asked to stop; all is saved and the user has been told. status: the exit status."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
 
 
 def quiet_libraries() -> None:
@@ -70,6 +88,9 @@ def quiet_libraries() -> None:
 
 def _run(argv: list[str]) -> int:
     flags = command_line.parse(argv)
+    command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
+    if flags.reproduce is not None:
+        return _reproduce(flags, command)
     path = command_line.config_path(flags)
     points = load_points(path, flags.config) if flags.sweep else [{}]
     corpus = data.load(data.resolve(flags.config.data.source))
@@ -79,6 +100,38 @@ def _run(argv: list[str]) -> int:
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
+    _prepare(plan)
+    return _train(plan, screen, flags.sweep, command)
+
+
+def _reproduce(flags: FlagValues, command: str) -> int:
+    """Make a run again, and say whether it is the same."""
+    original = reproduce.read_original(Path(flags.reproduce))
+    plan = reproduce.make_reproduction(original, Path(flags.workdir))
+    directory, screen = plan.runs[0].directory, display.console()
+    if flags.dry_run:
+        display.show_plan(screen, plan, *flops_per_second(plan))
+        return 0
+    _prepare(plan)
+    screen.print(f"making {original.directory} again in {directory}", soft_wrap=True, markup=False)
+    show = display.SweepDisplay(screen, plan)
+    with _stoppable(screen, command) as stop, show.live():
+        failures = train_all(plan, show, stop)
+    if failures:
+        screen.print("the reproduction failed: nothing to compare")
+        return 1
+    result = reproduce.read_result(directory, original.run)
+    compared = reproduce.compare(original.result, result)
+    known = reproduce.origins(original.result, result)
+    reproduce.show(screen, compared, known)
+    path = directory / "reproduction.json"
+    reproduce.write(path, original, compared, known)
+    screen.print(f"comparison: {path}", soft_wrap=True, markup=False)
+    return 0 if all(one.equal for one in compared) else 1
+
+
+def _prepare(plan: Plan) -> None:
+    """Whatever can be wrong with the machine, before anything trains."""
     _check_memory(plan)
     for run in plan.runs:
         if run.state == "damaged":
@@ -86,9 +139,7 @@ def _run(argv: list[str]) -> int:
             what = "damaged: the run is trained again from its newest checkpoint"
             print(f"warning: {summary}: {what}", file=sys.stderr)
     _make_writable(plan.directory)
-    programs.keep_programs(Path(flags.workdir) / "programs")
-    command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
-    return _train(plan, screen, flags.sweep, command)
+    programs.keep_programs(plan.directory.parent / "programs")
 
 
 def _check_memory(plan: Plan) -> None:
@@ -127,15 +178,10 @@ def _make_writable(directory: Path) -> None:
 def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
     began, show = time.monotonic(), display.SweepDisplay(screen, plan)
     with contextlib.ExitStack() as turn:
-        with StopRequest() as stop:
-            try:
-                with show.live():
-                    failures = train_all(plan, show, stop)
-                turn.enter_context(alone(plan, show, stop))
-            except (Interrupted, KeyboardInterrupt):
-                screen.print("interrupted; all is saved. To go on, give the same command again:")
-                screen.print(f"  {command}", soft_wrap=True, markup=False)
-                return 128 + (stop.signal or signal.SIGINT)
+        with _stoppable(screen, command) as stop:
+            with show.live():
+                failures = train_all(plan, show, stop)
+            turn.enter_context(alone(plan, show, stop))
         for directory in (plan.directory, plan.directory / "figures"):
             remove_torn(directory)
         tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
@@ -147,6 +193,18 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
             screen.print(f"results: {plan.directory}", soft_wrap=True)
     screen.print(f"{len(table)} endpoints in {display.duration(time.monotonic() - began)}")
     return 0 if (table["status"] == "ok").all() else 1
+
+
+@contextlib.contextmanager
+def _stoppable(screen: Console, command: str) -> Iterator[StopRequest]:
+    """Inside, signals are questions for the loop. Raises _Stopped once it has stopped for one."""
+    with StopRequest() as stop:
+        try:
+            yield stop
+        except Interrupted as error:
+            screen.print("interrupted; all is saved. To go on, give the same command again:")
+            screen.print(f"  {command}", soft_wrap=True, markup=False)
+            raise _Stopped(128 + (stop.signal or signal.SIGINT)) from error
 
 
 def _show_endpoints(screen: Console, name: str, table: pd.DataFrame) -> None:

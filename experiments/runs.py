@@ -17,7 +17,11 @@ from bitnet_jax.files import DamagedFile, NewerFile, read_json
 from bitnet_jax.fingerprint import fingerprint
 from bitnet_jax.spec import RunSpec
 from bitnet_jax.train_step import init_state
+from experiments.differences import described, differences
 from experiments.summary import verified_log
+
+AGAIN = "delete the run's summary.json and train it again"
+SHOWN_KEYS = 6  # of an identity that has changed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,40 +34,104 @@ class FinishedRun:
     params: dict
 
 
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a run's config.json says, resolved anew. document: all of it."""
+
+    document: dict[str, Any]
+    config: ConfigDict
+    corpus: Corpus
+    spec: RunSpec
+
+
 def load_run(directory: Path) -> FinishedRun:
     """Read a run directory.
 
     Raises:
       ConfigError: not a run directory, one of other code, one that has not finished or holds no
         model, or one whose files are not what was written.
+      DataError: its corpus is gone.
+    """
+    run = describe(directory)
+    return FinishedRun(directory, run.spec, run.corpus, verified_params(directory, run.spec))
+
+
+def describe(directory: Path) -> Description:
+    """The run that a directory's config.json describes, finished or not.
+
+    Raises:
+      ConfigError: not a run directory, a damaged config.json, or one that no longer resolves to
+        the run that it was written for.
+      DataError: its corpus is gone.
     """
     path = directory / "config.json"
+    document, config = _read_config(path)
+    identity = document.get("identity")
+    try:
+        corpus = data.load(data.resolve(config.data.source))
+    except data.DataError as error:
+        raise data.DataError(f"{path}: {_corpus(identity)}: {error}") from error
+    spec = resolve(config, corpus)
+    if spec.run_id != document.get("run_id"):
+        differing = described(differences(identity, spec.identity()), most=SHOWN_KEYS)
+        raise ConfigError(
+            f"{path}: it describes {spec.run_id}, not {document.get('run_id')}: the run was made "
+            f"by other code, or of another corpus ({differing or 'of the same identity'})"
+        )
+    return Description(document, config, corpus, spec)
+
+
+def _read_config(path: Path) -> tuple[dict[str, Any], ConfigDict]:
     try:
         document = read_json(path)
-        config = config_of(document["config"])
+        return document, config_of(document["config"])
     except (FileNotFoundError, NotADirectoryError) as error:
-        raise ConfigError(f"run={str(directory)!r}: not a run directory, no config.json") from error
+        raise ConfigError(
+            f"run={str(path.parent)!r}: not a run directory, no config.json"
+        ) from error
     except NewerFile:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         reason = error.reason if isinstance(error, DamagedFile) else error
         raise ConfigError(f"{path}: not a run's config: {reason}") from error
-    corpus = data.load(data.resolve(config.data.source))
-    spec = resolve(config, corpus)
-    if spec.run_id != document.get("run_id"):
+
+
+def _corpus(identity: Any) -> str:
+    try:
+        return f"the run's corpus, sha256 {identity['data']['sha256']}"
+    except (KeyError, TypeError):
+        return "the run's corpus"
+
+
+def verified_summary(directory: Path, spec: RunSpec) -> dict[str, Any]:
+    """The summary of a run directory, whatever the directory is called.
+
+    Raises:
+      ConfigError: none, a damaged one, another run's, or not of the log beside it.
+    """
+    try:
+        summary = read_json(directory / "summary.json")
+        verified_log(directory, summary)
+    except FileNotFoundError as error:
+        raise ConfigError(f"{directory}: no summary.json; train the run to its end") from error
+    except DamagedFile as error:
+        raise ConfigError(f"{error}; {AGAIN}") from error
+    if summary.get("run_id") != spec.run_id:
         raise ConfigError(
-            f"{path}: it describes {spec.run_id}, not {document.get('run_id')}: the run was made "
-            "by other code, or of another corpus"
+            f"{directory / 'summary.json'}: it is the summary of {summary.get('run_id')}; {AGAIN}"
         )
-    return FinishedRun(directory, spec, corpus, _verified_params(directory, spec))
+    return summary
 
 
-def _verified_params(directory: Path, spec: RunSpec) -> dict:
-    """The parameters in `model/`, if they and the log are what the summary was written with."""
-    again = "delete the run's summary.json and train it again"
+def verified_params(directory: Path, spec: RunSpec) -> dict:
+    """The parameters in `model/`, if they and the log are what the summary was written with.
+
+    Raises:
+      ConfigError: they are not, or there are none.
+    """
     state = jax.eval_shape(lambda: init_state(spec.step, 0))
     damaged = ConfigError(
-        f"{directory / 'model'}: damaged, not what summary.json was written with; {again}"
+        f"{directory / 'model'}: damaged, not what summary.json was written with; {AGAIN}"
     )
     try:
         params = load_model(directory, state.params)
@@ -71,17 +139,7 @@ def _verified_params(directory: Path, spec: RunSpec) -> dict:
         raise ConfigError(str(error)) from error
     except Exception as error:  # orbax and its readers raise many kinds
         raise damaged from error
-    try:
-        summary = read_json(directory / "summary.json")
-        verified_log(directory, summary)
-    except FileNotFoundError as error:
-        raise ConfigError(f"{directory}: no summary.json; train the run to its end") from error
-    except DamagedFile as error:
-        raise ConfigError(f"{error}; {again}") from error
-    if summary.get("run_id") != spec.run_id:
-        raise ConfigError(
-            f"{directory / 'summary.json'}: it is the summary of {summary.get('run_id')}; {again}"
-        )
+    summary = verified_summary(directory, spec)
     if summary.get("schema_version") != 1 and summary.get("model") != fingerprint(params):
         raise damaged
     return params

@@ -131,7 +131,7 @@ def test_tables(suites, capsys):
 
 
 def test_the_suites_are_those_of_the_help(capsys):
-    assert set(command.SUITES) >= {"step", "parts", "data", "startup"}
+    assert set(command.SUITES) >= {"step", "parts", "data", "checkpoint", "startup"}
     with pytest.raises(SystemExit) as caught:
         command.main(["--help"])
     assert caught.value.code == 0

@@ -13,6 +13,8 @@ Suites:
   sweep    8 runs as one program, and 2 programs at once, against one by one; steps a call; FLOPs
            that branching saves
   data     batches/s of the data pipeline, beside the tokens/s of the smallest model
+  checkpoint
+           seconds that a save takes from training, as a share of the time between two saves
   startup  until the first step: a second run in a process, a new process, a warm compilation cache
   fit      the search for a law's parameters against a loop over scipy's
 
@@ -36,7 +38,18 @@ from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.errors import ConfigError, choose, require
 from bitnet_jax.files import write_json
 from experiments import display
-from experiments.benchmark import carriers, data, fit, parts, peers, startup, step, sweep, table
+from experiments.benchmark import (
+    carriers,
+    checkpoint,
+    data,
+    fit,
+    parts,
+    peers,
+    startup,
+    step,
+    sweep,
+    table,
+)
 from experiments.benchmark.environment import environment
 from experiments.benchmark.result import Result
 from experiments.benchmark.workload import Workload
@@ -48,6 +61,7 @@ SUITES: dict[str, Callable[[Workload, step.Say], Result]] = {
     "carriers": carriers.run,
     "sweep": sweep.run,
     "data": data.run,
+    "checkpoint": checkpoint.run,
     "startup": startup.run,
     "fit": fit.run,
 }

@@ -10,7 +10,9 @@ Launchers of one sweep, wherever they run, share its folder and its runs by leas
 
 import contextlib
 import dataclasses
+import os
 import signal
+import sys
 import threading
 import time
 import traceback
@@ -34,7 +36,11 @@ RESULTS = "results"  # the lease on what is written of all runs together; no run
 
 
 class StopRequest:
-    """Turns the first SIGINT or SIGTERM into a question the loop asks; the second one kills."""
+    """Turns the first SIGINT or SIGTERM into a question the loop asks; the second one kills.
+
+    By the system's hand, not as a KeyboardInterrupt: that would wait for the other threads, and for
+    what the main one is doing outside of Python, such as compiling.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -48,8 +54,10 @@ class StopRequest:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.signal = number
-        for each, handler in self._previous.items():
-            signal.signal(each, handler)
+        for each in self._previous:
+            signal.signal(each, signal.SIG_DFL)
+        if sys.stdout.isatty():  # the bars have hidden the cursor, and what kills brings none back
+            os.write(sys.stdout.fileno(), b"\x1b[?25h")
 
     def __exit__(self, *exception: Any) -> None:
         for number, handler in self._previous.items():
@@ -170,7 +178,10 @@ class _Launch:
     def _train(self, claim: _Claim, progress: GroupProgress) -> list[dict[str, Any]]:
         options = loop_options(claim.group[0].config)
         return train_group(
-            [Job(run.spec, run.directory, run.config.to_dict()) for run in claim.group],
+            [
+                Job(run.spec, run.directory, run.config.to_dict(), run.microbatches)
+                for run in claim.group
+            ],
             self._plan.corpus,
             # A lone run shares the machine with nobody, whatever the config allows.
             dataclasses.replace(options, parallel=self._workers),
