@@ -267,7 +267,7 @@ def test_a_run_that_goes_back_remembers_where_it_has_been(tiny_config, tiny_corp
     spec, options = resolve(config, tiny_corpus), loop_options(config)
     member = Member(Job(spec, tmp_path, {}), tiny_corpus, options, Patience(lambda: True))
     member.progress.origins, member.progress.groups = {"git_commit": ["a"]}, [1]
-    member.open()
+    member.open([member.spec.run_id])
     member.anchor()
     member.progress.origins["git_commit"].append("b")
     member.progress.groups = [1, 2]

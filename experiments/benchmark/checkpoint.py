@@ -106,7 +106,7 @@ class _Training:
         corpus = _corpus(workload)
         never_full = Patience(lambda: False)
         self._member = Member(Job(spec, directory, {}), corpus, options, never_full)
-        self._member.open()
+        self._member.open([spec.run_id])
         self._program = programs.compiled_steps(spec.step, 1, workload.sequence_length)
         self._state = programs.compiled_init(spec.step, 1)(np.zeros(1, np.int32))
         self._tokens = programs.replicate(corpus.train, 1)
