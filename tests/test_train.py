@@ -932,8 +932,8 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     assert config.keys() == header | {"identity", "config"}
     assert config["run_id"] == result["run_id"] == spec.run_id
     assert result.keys() == header | {
-        "status", "skipped_steps", "rollbacks", "microbatches", "wall_s", "total_flops", "metrics",
-        "model", "endpoints",
+        "status", "skipped_steps", "rollbacks", "microbatches", "groups", "wall_s",
+        "total_flops", "metrics", "model", "endpoints",
     }  # fmt: skip
     assert result["schema_version"] == config["schema_version"] == SCHEMA_VERSION
     log = (tmp_path / "metrics.jsonl").read_bytes()
@@ -943,7 +943,7 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     model = load_model(tmp_path, compiled_init(spec.step)(0).params)
     assert result["model"] == fingerprint(model)
     assert result == summary(tmp_path)
-    assert result["status"] == "ok" and result["skipped_steps"] == 0
+    assert result["status"] == "ok" and result["skipped_steps"] == 0 and result["groups"] == [1]
     assert result["total_flops"] == 44 * 128 * spec.flops_per_token
     assert [row["flops"] for row in result["endpoints"]] == [
         end * 128 * spec.flops_per_token for end in (20, 40)
