@@ -205,6 +205,7 @@ class Member:
     def anchor(self) -> None:
         """Remember this moment, to go back to."""
         self.progress.metrics_bytes = self._log.bytes
+        self.progress.metrics_sha256 = self._log.digest
         self.progress.anchor, self.progress.has_stash = None, False
         self.progress.anchor = dataclasses.asdict(self.progress)
 

@@ -240,7 +240,7 @@ def test_a_thousand_strange_commands(flags, plans, capsys):
             strange = [a[:80] for a in argv if a not in flags]
             failures.append(f"{number} {strange}: {type(error).__name__}: {str(error)[:200]}")
     assert failures == []
-    assert counts["accepted"] > 50 and counts["refused"] > 500
+    assert counts["accepted"] > 30 and counts["refused"] > 500
     assert list(Path.cwd().parent.rglob("*")) == [Path.cwd()]
 
 
