@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from ml_collections import ConfigDict
 
 from bitnet_jax import data
@@ -13,6 +14,7 @@ from bitnet_jax.configs import default
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError
+from bitnet_jax.export.model import TrainedModel
 from bitnet_jax.files import DamagedFile, NewerFile, read_json
 from bitnet_jax.fingerprint import fingerprint
 from bitnet_jax.spec import RunSpec
@@ -32,6 +34,26 @@ class FinishedRun:
     spec: RunSpec
     corpus: Corpus
     params: dict
+
+    def trained_model(self) -> TrainedModel:
+        """What leaves for other clients."""
+        spec, document = self.spec, read_json(self.directory / "config.json")
+        tokenizer = self.corpus.path / "tokenizer.json"
+        return TrainedModel(
+            spec.step.model,
+            spec.deployed.precision,
+            jax.tree.map(np.asarray, self.params),
+            spec.data.sequence_length,
+            tokenizer if tokenizer.exists() else None,
+            self.corpus.manifest["eot_token"],
+            {
+                "run_id": spec.run_id,
+                "git_commit": str(document.get("git_commit")),
+                "corpus": self.corpus.name,
+                "precision": spec.deployed.precision.name,
+                "tokens": str(spec.ends[-1] * spec.batch_tokens),
+            },
+        )
 
 
 @dataclasses.dataclass(frozen=True)

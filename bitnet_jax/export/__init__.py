@@ -1,0 +1,1 @@
+"""Trained models for the clients that people run."""
