@@ -5,8 +5,8 @@
 Sweeps of 16 runs are trained by launchers that are stopped at moments drawn at random: soon after
 their start, at any time, or just when a certain file appears. Most are killed (SIGKILL, to the
 whole process group), others interrupted (SIGTERM, SIGINT, or SIGTERM twice). A sweep that is
-finished is compared with one that was left alone, and another begun, until the stops are used up
-or Ctrl-C or SIGTERM says that it is enough.
+finished is compared with one that was left alone, and another begun, until so many were killed or
+Ctrl-C or SIGTERM says that it is enough.
 
 Exit status: 0 all is equal; 1 something is not, a line each on stderr; 2 bad usage.
 """
@@ -115,22 +115,24 @@ class Torture:
         self.found = Found()
 
     def stop_so_often(self, kills: int) -> None:
-        """Begin sweeps until the stops are used up; finish and compare each."""
-        while (left := kills - sum(self.found.stops.values())) > 0 and not self._enough:
+        """Begin sweeps until so many launches were killed; finish and compare each."""
+        stops = self.found.stops
+        while stops["SIGKILL"] < kills and not self._enough:
             name = f"tortured-{self.found.sweeps}"
             shutil.copytree(
                 self._folder / "undisturbed" / "programs", self._folder / name / "programs"
             )
             steps = watch.Steps(self._sweep("undisturbed"))
-            while left > 0 and not self._done(name) and not self._enough:
-                left -= self._stop_one(name, steps)
+            while stops["SIGKILL"] < kills and not self._done(name) and not self._enough:
+                self._stop_one(name, steps)
             self._finish(name)
             steps.look(watch.log_sizes(self._sweep(name)))
             self.found.sweeps += 1
             self.found.repeated += steps.repeated.values()
             self._compare(name)
             self._say(
-                f"{kills - left}/{kills} stops, {self.found.sweeps} sweeps, "
+                f"{stops['SIGKILL']}/{kills} kills, {stops.total()} stops, "
+                f"{self.found.sweeps} sweeps, "
                 f"{len(self.found.wrong)} differences"
             )
 
@@ -152,8 +154,8 @@ class Torture:
         ]
         return (launches.start if real else launches.fork)(arguments, log)
 
-    def _stop_one(self, name: str, steps: watch.Steps) -> bool:
-        """A launch that is stopped, unless it is done first; whether it was stopped."""
+    def _stop_one(self, name: str, steps: watch.Steps) -> None:
+        """A launch that is stopped, unless it is done first."""
         real = self.found.launched % REAL == REAL - 1
         stop = self._draw.choices(list(STOPS), [share for share, _, _ in STOPS.values()])[0]
         way = self._draw.choice(("soon", "any time", "moment", "moment"))
@@ -178,8 +180,7 @@ class Torture:
         alive = not launch.ended()
         if alive:
             self._signal(launch, signals)
-        stopped = launch.status != 0  # it may have been done in that very moment
-        if stopped:
+        if launch.status != 0:  # it may have been done in that very moment
             self.found.stops[stop] += 1
             self.found.moments[kind if come else "soon" if way == "soon" else "any time"] += 1
         self.found.check(launch, allowed if alive else {0})
@@ -187,7 +188,6 @@ class Torture:
         got_on = sum(steps.made.values()) > before
         if not moment:
             self._life = min(max(self._life * (0.97 if got_on else 1.1), SHORTEST), LONGEST)
-        return stopped
 
     def _signal(self, launch: launches.Launch, signals: Sequence[int]) -> None:
         """Send them and wait for the end; a launcher that will not end is a difference."""
@@ -278,6 +278,7 @@ def main(arguments: Sequence[str]) -> int:
     # Last of all: it starts JAX's backend, which no fork may inherit.
     place = environment([])
     place["command"] = f"python -m tests.torture --kills={options.kills} --seed={options.seed}"
+    found["kills_asked_for"] = options.kills
     document = {"environment": place, **found}
     if options.out:
         write_json(options.out, document)
@@ -291,7 +292,7 @@ def _parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="by SIGKILL")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workdir", type=Path, help="a new folder, kept; default: one that is not")
     parser.add_argument("--out", type=Path)
