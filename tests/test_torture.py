@@ -151,7 +151,7 @@ def test_a_moment_is_the_coming_of_a_name(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_sweep_that_is_killed_ten_times(tmp_path):
+def test_a_sweep_that_is_killed_seven_times(tmp_path):
     """Nothing differs from an undisturbed one, nothing is left behind, and each launch ended as it
     should."""
     out = tmp_path / "torture.json"
