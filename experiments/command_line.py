@@ -74,7 +74,7 @@ def overridden_keys(values: flags.FlagValues) -> list[str]:
 
 
 def config_path(values: flags.FlagValues) -> str:
-    """The config file, without its argument."""
+    """The config file, with its argument if it has one."""
     return config_flags.get_config_filename(values["config"])
 
 

@@ -209,6 +209,18 @@ def load_points(path: str, config: ConfigDict) -> list[dict[str, Any]]:
         return list(module.sweep(config))
 
 
+def load_parts(path: str) -> tuple[str, ...]:
+    """The names of the parts that a sweep file declares as PARTS, in their order.
+
+    Raises:
+      ConfigError: no such file, or one without parts.
+    """
+    parts = getattr(_load(path), "PARTS", None)
+    if not isinstance(parts, tuple) or not parts or not all(isinstance(p, str) for p in parts):
+        raise ConfigError(f"--config={path}: it declares no PARTS, a tuple of names")
+    return parts
+
+
 def _load(path: str) -> ModuleType:
     if not path.endswith(".py") or not os.path.isfile(path):
         raise ConfigError(

@@ -13,6 +13,7 @@ In order:
 
 All ratios of a size, arm and seed are branches of one trunk. Two budgets of compute: `cpu` (the
 default, bytes, some hours of two cores) and `gpu` (`:part=grid,budget=gpu`, an 8k vocabulary).
+`python -m experiments.next_part --config=sweeps/study.py --minutes=45` says what to run next.
 """
 
 import dataclasses
@@ -29,14 +30,6 @@ from sweeps.grid import Point, axis, chain, parse_arg, product
 
 PAIR = ("ternary", "fp16")
 RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the default for size and arm
-# Peak rates at 1e5 parameters and their exponent in N, one for both arms: least squares through the
-# optima of the learning-rate part at 40 tokens a parameter, `python -m analysis.learning_rate
-# results/study-cpu/learning_rate/endpoints.csv`. At 160 the optima lie lower (as D^-.26), in
-# float16 more than in the ternary arm, which costs at most .007 nats there.
-TERNARY_RATE, FLOAT_RATE, RATE_EXPONENT = 4.8e-3, 3.4e-3, -0.60
-# Weight decays with the least loss, averaged over the endpoints of the weight-decay part; 0 and .03
-# are alike in the ternary arm.
-TERNARY_DECAY, FLOAT_DECAY = 0.03, 0.1
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 EXTRA_ARMS: tuple[Point, ...] = (
     {"precision": "ternary", "quantization.activations": "none"},
@@ -46,14 +39,32 @@ EXTRA_ARMS: tuple[Point, ...] = (
 
 
 @dataclasses.dataclass(frozen=True)
+class Tuned:
+    """What the first two parts found. ternary, floating: peak rates at 1e5 parameters; exponent of
+    both in N; decays: of weights, in this order."""
+
+    ternary: float
+    floating: float
+    exponent: float
+    decays: tuple[float, float]
+
+    def peak_lr(self, quantized: bool, parameters: int) -> float:
+        """Of an arm at a size."""
+        at_1e5 = self.ternary if quantized else self.floating
+        return at_1e5 * (parameters / 1e5) ** self.exponent
+
+
+@dataclasses.dataclass(frozen=True)
 class Budget:
     """What one machine can afford. Ratios are tokens a non-embedding parameter.
 
+    found: rates and decays, once they are known; without, the default recipe's are taken.
     tuned: sizes of the learning-rate part with their ratios. decayed: of the weight-decay part.
     sizes: of the grid, with the seeds of each. sixteen_bit: sizes that bfloat16 joins.
     extra: sizes of the further arms. held_out: predicted first, with their ratios.
     """
 
+    found: Tuned | None
     sequence_length: int
     batch_tokens: int
     eval_tokens: int
@@ -68,6 +79,13 @@ class Budget:
 
 BUDGETS = {
     "cpu": Budget(
+        # Rates: least squares through the optima of the learning-rate part at 40 tokens a
+        # parameter, `python -m analysis.learning_rate results/study-cpu/learning_rate/
+        # endpoints.csv`. At 160 the optima lie lower (as D^-.26), in float16 more than in the
+        # ternary arm, which costs at most .007 nats there.
+        # Decays: the least loss, averaged over the endpoints of the weight-decay part; 0 and .03
+        # are alike in the ternary arm.
+        found=Tuned(ternary=4.8e-3, floating=3.4e-3, exponent=-0.60, decays=(0.03, 0.1)),
         sequence_length=128,
         batch_tokens=1024,
         eval_tokens=524_288,
@@ -77,7 +95,22 @@ BUDGETS = {
         ratios=(10, 20, 40, 80, 160),
         sixteen_bit=("27k", "95k"),
         extra=("27k", "95k"),
-        held_out={"800k": (10, 20, 40), "1.5m": (10, 20)},
+        held_out={"800k": (10, 20), "1.5m": (5, 10)},
+    ),
+    # Not run yet: nothing is tuned, and the ratios are those that 60 million tokens of text allow
+    # without many repeats.
+    "gpu": Budget(
+        found=None,
+        sequence_length=256,
+        batch_tokens=8192,
+        eval_tokens=1_048_576,
+        tuned={"330k": (10, 40, 160), "800k": (10, 40), "1.5m": (10, 40)},
+        decayed={"330k": (10, 40, 160), "1.5m": (10, 40)},
+        sizes={"330k": 3, "800k": 3, "1.5m": 3, "2.7m": 2, "7m": 1},
+        ratios=(5, 10, 20, 40, 80),
+        sixteen_bit=("330k", "1.5m"),
+        extra=("330k", "1.5m"),
+        held_out={"24m": (5, 10), "60m": (5,)},
     ),
 }
 PARTS = ("learning_rate", "weight_decay", "grid", "arms", "held_out")
@@ -119,7 +152,7 @@ def sweep(config: ConfigDict) -> list[Point]:
 def _learning_rate(budget: Budget) -> list[Point]:
     """Rates around those that the default recipe would take."""
     return [
-        {**_trunk(size, ratios), **arm, "optim.peak_lr": factor * _default_rate(size, arm)}
+        {**_trunk(size, ratios), **arm, "optim.peak_lr": factor * default_rate(size, arm)}
         for size, ratios in budget.tuned.items()
         for arm in axis("precision", PAIR)
         for factor in RATES
@@ -129,7 +162,7 @@ def _learning_rate(budget: Budget) -> list[Point]:
 def _weight_decay(budget: Budget) -> list[Point]:
     return product(
         [
-            {**_trunk(size, ratios), **arm, "optim.peak_lr": peak_lr(size, arm)}
+            {**_trunk(size, ratios), **arm, "optim.peak_lr": peak_lr(budget, size, arm)}
             for size, ratios in budget.decayed.items()
             for arm in axis("precision", PAIR)
         ],
@@ -139,10 +172,11 @@ def _weight_decay(budget: Budget) -> list[Point]:
 
 def _grid(budget: Budget) -> list[Point]:
     """First every size once, then what sharpens the small end."""
-    first = [_run(s, budget.ratios, arm) for s in budget.sizes for arm in axis("precision", PAIR)]
-    bf16 = [_run(size, budget.ratios, {"precision": "bf16"}) for size in budget.sixteen_bit]
+    ratios = budget.ratios
+    first = [_run(budget, s, ratios, arm) for s in budget.sizes for arm in axis("precision", PAIR)]
+    bf16 = [_run(budget, s, ratios, {"precision": "bf16"}) for s in budget.sixteen_bit]
     again = [
-        {**_run(size, budget.ratios, arm), "seed": seed}
+        {**_run(budget, size, ratios, arm), "seed": seed}
         for size, seeds in budget.sizes.items()
         for seed in range(1, seeds)
         for arm in axis("precision", PAIR)
@@ -151,20 +185,20 @@ def _grid(budget: Budget) -> list[Point]:
 
 
 def _arms(budget: Budget) -> list[Point]:
-    return [_run(size, budget.ratios, arm) for size in budget.extra for arm in EXTRA_ARMS]
+    return [_run(budget, size, budget.ratios, arm) for size in budget.extra for arm in EXTRA_ARMS]
 
 
 def _held_out(budget: Budget) -> list[Point]:
     return [
-        _run(size, ratios, arm)
+        _run(budget, size, ratios, arm)
         for size, ratios in budget.held_out.items()
         for arm in axis("precision", PAIR)
     ]
 
 
-def _run(size: str, ratios: tuple[float, ...], arm: Point) -> Point:
+def _run(budget: Budget, size: str, ratios: tuple[float, ...], arm: Point) -> Point:
     """A trunk at the rate and decay that the first two parts found for its arm."""
-    rates = {"optim.peak_lr": peak_lr(size, arm), "optim.weight_decay": weight_decay(arm)}
+    rates = {"optim.peak_lr": peak_lr(budget, size, arm), **weight_decay(budget, arm)}
     return {**_trunk(size, ratios), **rates, **arm}
 
 
@@ -179,16 +213,22 @@ def _parameters(size: str) -> int:
     return cost.count_parameters(model).non_embedding
 
 
-def _default_rate(size: str, arm: Point) -> float:
+def default_rate(size: str, arm: Point) -> float:
+    """The default recipe's peak rate."""
     return tuned_peak_lr(get_precision(arm["precision"]), _parameters(size))
 
 
-def peak_lr(size: str, arm: Point) -> float:
+def peak_lr(budget: Budget, size: str, arm: Point) -> float:
     """Of an arm at a size."""
-    at_1e5 = TERNARY_RATE if get_precision(arm["precision"]).quantized else FLOAT_RATE
-    return at_1e5 * (_parameters(size) / 1e5) ** RATE_EXPONENT
+    if budget.found is None:
+        return default_rate(size, arm)
+    return budget.found.peak_lr(get_precision(arm["precision"]).quantized, _parameters(size))
 
 
-def weight_decay(arm: Point) -> float:
-    """Of an arm."""
-    return TERNARY_DECAY if get_precision(arm["precision"]).quantized else FLOAT_DECAY
+def weight_decay(budget: Budget, arm: Point) -> Point:
+    """Of an arm; nothing where the default recipe's is taken."""
+    if budget.found is None:
+        return {}
+    ternary, floating = budget.found.decays
+    decay = ternary if get_precision(arm["precision"]).quantized else floating
+    return {"optim.weight_decay": decay}

@@ -11,6 +11,8 @@ from analysis.tables import read_table
 from bitnet_jax import ladder
 from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
+from bitnet_jax.optim import tuned_peak_lr
+from bitnet_jax.precision import get_precision
 from experiments.plan import load_config, load_points, make_plan
 from sweeps import isoflop, study
 from sweeps.grid import axis, chain, parse_arg, product, zipit
@@ -359,10 +361,11 @@ def test_isoflop_branches_save_two_fifths(tiny_corpus, tmp_path, size):
     assert ratio == pytest.approx((0.8 * 2 + 0.2 * 4.55) / 4.55, abs=0.002)
 
 
+@pytest.mark.parametrize("budget", study.BUDGETS)
 @pytest.mark.parametrize("part", study.PARTS)
-def test_study_pairs_its_arms(part):
+def test_study_pairs_its_arms(part, budget):
     """Each float16 run has a ternary twin: the same size, seed and tokens."""
-    points = study.sweep(study.get_config(f"part={part}"))
+    points = study.sweep(study.get_config(f"part={part},budget={budget}"))
     kinds = [
         (p["precision"], p["model.size"], p.get("seed", 0), p["train.tokens"])
         for p in points
@@ -396,11 +399,12 @@ def test_study_takes_the_rates_that_its_first_part_found():
     ternary = (found["precision"] == "ternary").to_numpy(float)
     columns = [ternary, 1 - ternary, np.log(found["params_non_embedding"] / 1e5)]
     fit = np.linalg.lstsq(np.stack(columns, axis=1), np.log(found["optimum"]), rcond=None)[0]
-    constants = np.log(study.TERNARY_RATE), np.log(study.FLOAT_RATE), study.RATE_EXPONENT
+    tuned = study.BUDGETS["cpu"].found
+    constants = np.log(tuned.ternary), np.log(tuned.floating), tuned.exponent
     np.testing.assert_allclose(fit, constants, atol=0.02)
-    for arm, rate in (("ternary", study.TERNARY_RATE), ("fp16", study.FLOAT_RATE)):
-        assert study.peak_lr("95k", {"precision": arm}) == pytest.approx(
-            rate * 0.94976**study.RATE_EXPONENT
+    for arm, rate in (("ternary", tuned.ternary), ("fp16", tuned.floating)):
+        assert study.peak_lr(study.BUDGETS["cpu"], "95k", {"precision": arm}) == pytest.approx(
+            rate * 0.94976**tuned.exponent
         )
 
 
@@ -408,7 +412,17 @@ def test_study_takes_the_decays_that_its_second_part_found():
     table = read_table(FOLDER.parent / "results/study-cpu/weight_decay/endpoints.csv")
     for arm in study.PAIR:
         means = table[table["precision"] == arm].groupby("weight_decay")["loss"].mean()
-        assert means[study.weight_decay({"precision": arm})] < means.min() + 1e-3
+        (decay,) = study.weight_decay(study.BUDGETS["cpu"], {"precision": arm}).values()
+        assert means[decay] < means.min() + 1e-3
+
+
+def test_study_that_has_tuned_nothing_takes_the_default_recipe():
+    points = study.sweep(study.get_config("part=grid,budget=gpu"))
+    assert not any("optim.weight_decay" in p for p in points)
+    for p in points:
+        arm = get_precision(p["precision"])
+        default = tuned_peak_lr(arm, ladder_parameters(p["model.size"]))
+        assert p["optim.peak_lr"] == pytest.approx(default)
 
 
 def ladder_parameters(size):
