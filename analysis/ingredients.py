@@ -1,6 +1,6 @@
 """What each ingredient of a training recipe is worth, from runs that differ in one of them.
 
-    python -m analysis.ingredients results/ingredients/endpoints.parquet --plot=figures
+    python -m analysis.ingredients results/ingredients/endpoints.parquet --plot=figures/ingredients
 
 A variant and its base share a seed, so initial values and data order: they are compared seed by
 seed, which takes out what the seed does to both. Few seeds determine a variance badly; as the
@@ -17,7 +17,6 @@ import math
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import matplotlib
@@ -29,7 +28,7 @@ from scipy import stats
 from scipy.special import digamma, polygamma
 
 from analysis.command import Parser, status
-from analysis.plots import save
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.style import STYLE
 from analysis.tables import AnalysisError, finished, numbers, read_table, require, select
 
@@ -567,21 +566,22 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("file", metavar="TABLE", help="a results table, Parquet or CSV")
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    parser.add_argument("--plot", metavar="DIR", type=Path, help="write the figures there")
+    add_plot(parser, "draw them", "effects", "errors")
     parser.add_argument("--csv", metavar="FILE", help="write the effects as CSV")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
     frame = read_table(args.file)
+    plot = plot_path(args.plot)
     found = compare(frame if args.where is None else select(frame, args.where))
     if args.csv is not None:
         found.effects.to_csv(args.csv, index=False)
-    if args.plot is not None:
-        args.plot.mkdir(parents=True, exist_ok=True)
-        save(plot_effects(found.effects), args.plot / "ingredient_effects")
+    if plot is not None:
+        figures = {"effects": lambda: plot_effects(found.effects)}
         if len(weight_variants(found.effects)):
-            save(plot_prediction(found.effects), args.plot / "weight_error_and_loss")
+            figures["errors"] = lambda: plot_prediction(found.effects)
+        write_figures(plot, figures)
     print(json.dumps(found.to_json(), indent=2) if args.json else readable(found))
 
 

@@ -92,12 +92,18 @@ def _path(args: argparse.Namespace) -> Path:
 
 
 def _write(path: Path, document: Mapping[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "x") as file:  # not even one that appeared since
-        file.write(json.dumps(document, indent=2, default=str) + "\n")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(path, "x") as file:  # not even one that appeared since
+            file.write(json.dumps(document, indent=2, default=str) + "\n")
+    except OSError as error:
+        raise AnalysisError(f"--out={path}: cannot be written ({error.strerror})") from error
 
 
 def _predict(args: argparse.Namespace, argv: Sequence[str]) -> None:
+    for name in ("plot", "match", "json"):
+        if getattr(args, name):
+            raise AnalysisError(f"--{name} goes with --score, of predictions that are made already")
     request, path = _request(args), _path(args)
     frame = read_table(args.file)
     if args.where is not None:
@@ -161,9 +167,9 @@ def _score(args: argparse.Namespace) -> None:
     found = score(
         document, results, match=match, same_table=sha256(args.file) == document["sha256"]
     )
-    print(json.dumps(found.to_json(), indent=2) if args.json else found.readable())
     if args.out is not None:
         _write(Path(args.out), found.to_json())
+    print(json.dumps(found.to_json(), indent=2) if args.json else found.readable())
     if plot is not None:
         from analysis import plots
 

@@ -300,8 +300,9 @@ def test_command_reads_csv_prints_writes_and_draws(tmp_path, capsys):
     weights = rows("full", "instead", "weights: binary", [2.3, 2.301, 2.302], "weights", 0.36)
     diverged = rows("full", "instead", "all", [None, None, None])
     pd.concat([table(MIXED), weights, diverged]).to_csv(path, index=False)
-    out, csv = tmp_path / "deep" / "figures", tmp_path / "effects.csv"
-    assert ingredients.main([str(path), f"--plot={out}", f"--csv={csv}"]) == 0
+    out, csv = tmp_path / "figures", tmp_path / "effects.csv"
+    out.mkdir()
+    assert ingredients.main([str(path), f"--plot={out / 'worth'}", f"--csv={csv}"]) == 0
     printed = capsys.readouterr().out
     assert "full: loss 2.0000 nats a token, seed-to-seed standard deviation 0.0000" in printed
     assert "standard deviation s0 0.0010" in printed
@@ -312,7 +313,7 @@ def test_command_reads_csv_prints_writes_and_draws(tmp_path, capsys):
     for text in ("without", "2.0000", "+0.0500", f"±{half:.4f}", "helps"):
         assert text in line
     assert pd.read_csv(csv)["verdict"].value_counts()["diverged 3 of 3"] == 1
-    names = ["ingredient_effects", "weight_error_and_loss"]
+    names = ["worth-effects", "worth-errors"]
     assert sorted(p.name for p in out.iterdir()) == [
         f"{n}.{e}" for n in names for e in ("png", "svg")
     ]

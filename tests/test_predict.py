@@ -223,6 +223,10 @@ def test_known_losses_are_left_behind(files):
         ([*ASK, "--baseline=fp16"], "baseline='fp16': 'chinchilla' has no groups"),
         ([*ASK, "--cluster="], "no column ''"),
         (["table.csv", "--score=table.csv"], "table.csv: it is no JSON"),
+        ([*ASK, "--plot=p.png"], "--plot goes with --score"),
+        ([*ASK, "--match=size"], "--match goes with --score"),
+        ([*ASK, "--json"], "--json goes with --score"),
+        ([*ASK, "--out=table.csv/deep"], "--out=table.csv/deep"),
     ],
 )  # fmt: skip
 def test_command_refuses_in_one_line(files, capsys, arguments, message):
@@ -362,6 +366,9 @@ def test_command_scores_writes_and_draws(files, capsys):
     assert Path("scores.png").is_file() and Path("scores.svg").is_file()
     assert main(command) == 2
     assert "scores.json is there already" in capsys.readouterr().err
+    assert main(["results.csv", f"--score={FILE}", "--out=results.csv/scores.json"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "--out=results.csv/scores.json: cannot be written" in printed.err
 
 
 def test_figure():

@@ -262,10 +262,10 @@ def _write_corpus(folder: Path, out: Path) -> None:
 def main(arguments: Sequence[str]) -> int:
     """Command line."""
     options = _parser().parse_args(arguments)
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = options.workdir or Path(temporary)
-        folder.mkdir(parents=True, exist_ok=True)
-        folder = folder.absolute()
+    # No TemporaryDirectory, which a fork of this process would clear away when it exits.
+    folder = (options.workdir or Path(tempfile.mkdtemp())).absolute()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
         began = time.monotonic()
         torture = Torture(folder, options.seed, lambda text: print(text, flush=True))
         torture.prepare()
@@ -273,6 +273,9 @@ def main(arguments: Sequence[str]) -> int:
             signal.signal(number, torture.enough)
         torture.stop_so_often(options.kills)
         found = {**torture.document(), "seconds": round(time.monotonic() - began, 1)}
+    finally:
+        if not options.workdir:
+            shutil.rmtree(folder)
     for line in found["differences"]:
         print(line, file=sys.stderr)
     # Last of all: it starts JAX's backend, which no fork may inherit.
