@@ -59,6 +59,7 @@ DIFFERENT = [
     {"train.tokens": (2560, 6400)},
     {"train.batch_tokens": 256},
     {"train.microbatches": 2},
+    {"train.rollbacks": 0},
     {"schedule.name": "cosine", "train.tokens": (5120,)},
     {"schedule.warmup_fraction": 0.2},
     {"schedule.decay_fraction": 0.3},

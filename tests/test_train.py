@@ -929,7 +929,8 @@ def test_config_and_summary(launch, tiny_config, tiny_corpus, tmp_path):
     assert config["config"]["train"]["tokens"] == [2560, 5120]
     origin = {"git_commit", "jax_version", "python_version", "device"}
     header = {"schema_version", "run_id"} | origin
-    assert config.keys() == header | {"identity", "config"}
+    assert config.keys() == header | {"identity", "config", "group"}
+    assert config["group"] == [spec.run_id]
     assert config["run_id"] == result["run_id"] == spec.run_id
     assert result.keys() == header | {
         "status", "skipped_steps", "rollbacks", "microbatches", "groups", "wall_s",
