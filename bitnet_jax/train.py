@@ -188,9 +188,11 @@ class _Loop:
         self._restore()
         parts = max(microbatches, *(m.progress.microbatches for m in self.members))
         self.step = dataclasses.replace(self.spec.step, microbatches=parts)
+        steps_left = self.tick < total_ticks(self.segments)
         for member in self.members:
             member.progress.microbatches = parts
-            member.progress.groups = sorted({*member.progress.groups, self.runs})
+            if steps_left:  # a run that only lacks its summary may come back without its group
+                member.progress.groups = sorted({*member.progress.groups, self.runs})
         self.pending: list[tuple[dict[str, jax.Array], int]] = []  # metrics not yet fetched
         self.guard()
         for member in self.members:

@@ -291,6 +291,7 @@ def test_what_was_left_of_a_finished_group_has_nothing_to_train(launch, finished
     launch(tmp_path, members=MEMBERS[1:2], watch=reports.append)
     assert reports == []
     assert_same_results(tmp_path / "0", of(finished[0], 1))
+    assert summary(tmp_path / "0")["groups"] == [3], "those that it made steps in"
 
 
 # What may be in one group
