@@ -51,6 +51,8 @@ def test_mistakes_are_one_line(tmp_path, text, capsys):
         prepare_arguments(tmp_path / "absent.txt", tmp_path / "out"),
         prepare_arguments(tmp_path / "bad.jsonl", tmp_path / "out"),
         prepare_arguments(text, tmp_path / "out", "--valid_fraction=2"),
+        prepare_arguments(text, tmp_path / "out", "--megabytes=0"),
+        prepare_arguments(text, tmp_path / "out", "--megabytes=nan"),
         ["info", str(tmp_path / "absent")],
     ):
         assert main(arguments) == 2

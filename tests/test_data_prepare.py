@@ -45,6 +45,23 @@ def test_bytes_round_trip_and_counts(tmp_path, text):
     )
 
 
+def test_the_first_bytes_of_the_sources(tmp_path, text):
+    """Whole documents, up to the end of the one that passes the number; validation is not cut."""
+    more = write_documents(tmp_path / "more.txt", ["more " * 99])
+    sizes = np.cumsum([len(document.encode()) for document in DOCUMENTS])
+    for most, count in ((sizes[9], 10), (sizes[9] + 1, 11), (1, 1), (10**9, 201)):
+        out = tmp_path / f"out{most}"
+        options = {"valid_sources": [write_documents(tmp_path / "v.txt", ["held out " * 999])]}
+        manifest = prepare([text, more], "bytes", out, most_bytes=int(most), **options)
+        assert manifest["splits"]["train"]["documents"] == count
+        assert manifest["splits"]["valid"]["bytes"] == 9 * 999
+        assert split_documents(load(out), "train")[:10] == [
+            document.encode() for document in DOCUMENTS[: min(count, 10)]
+        ]
+    with pytest.raises(DataError, match="has other content"):
+        prepare([text, more], "bytes", out, **options)
+
+
 def test_document_starts(tmp_path, text):
     prepare([text], "bytes", tmp_path / "out", valid_fraction=0.2)
     corpus = load(tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import math
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -57,6 +58,9 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--valid_fraction", type=float, default=0.01, metavar="X", help="of documents (%(default)s)"
     )
+    command.add_argument(
+        "--megabytes", type=float, metavar="X", help="of the sources, at most; default: all of them"
+    )
     command.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
 
     command = commands.add_parser("info", help="print what a prepared corpus holds")
@@ -84,6 +88,9 @@ def _add_text(command: argparse.ArgumentParser) -> None:
 
 
 def _prepare(arguments: argparse.Namespace) -> None:
+    megabytes = arguments.megabytes
+    if megabytes is not None and not 1e-6 <= megabytes < math.inf:
+        raise DataError(f"megabytes={megabytes}: must be positive and finite")
     prepare(
         arguments.source,
         arguments.tokenizer,
@@ -92,6 +99,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         seed=arguments.seed,
         valid_sources=arguments.valid,
         text_field=arguments.text_field,
+        most_bytes=None if megabytes is None else round(megabytes * 1e6),
     )
     _print_corpus(arguments.out)
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ def prepare(
     seed: int = 0,
     valid_sources: Sequence[str] | None = None,
     text_field: str = "text",
+    most_bytes: int | None = None,
 ) -> dict[str, Any]:
     """Tokenizes text into a corpus directory and returns its manifest.
 
@@ -44,6 +46,7 @@ def prepare(
       valid_fraction: the expected part of the documents that validates; unused with
         `valid_sources`.
       valid_sources: the validation text, if it is not to be split off.
+      most_bytes: of the sources' text, up to the end of the document that passes it; None for all.
 
     Raises:
       DataError: sources that cannot be read, an empty split, an `out` with other content.
@@ -59,6 +62,7 @@ def prepare(
         valid_fraction=valid_fraction,
         seed=seed,
         text_field=text_field,
+        most_bytes=most_bytes,
     )
 
 
@@ -71,6 +75,7 @@ def build(
     valid_fraction: float = 0.01,
     seed: int = 0,
     text_field: str = "text",
+    most_bytes: int | None = None,
 ) -> dict[str, Any]:
     """`prepare` behind the names: the same, of opened sources. Without `valid` it splits."""
     _check_disjoint(train, valid)
@@ -78,6 +83,8 @@ def build(
         raise DataError(f"valid_fraction={valid_fraction}: must lie between 0 and 1")
     if not -(2**63) <= seed < 2**63:  # it is a hash's key, of at most 64 bytes
         raise DataError("seed: a whole number of 64 bits")
+    if most_bytes is not None and most_bytes < 1:
+        raise DataError(f"most_bytes={most_bytes}: must be positive")
     name = out.resolve().name
     if not name or not name.isprintable():
         raise DataError(f"out {str(out)!r}: name a directory; its name is the corpus's")
@@ -93,6 +100,7 @@ def build(
         "valid_fraction": None if valid else valid_fraction,
         "seed": None if valid else seed,
         "text_field": text_field,
+        "most_bytes": most_bytes,
         "sources": [{"split": s, "name": f.name, "sha256": f.sha256} for s, f in files],
     }
     existing = _existing(out, request)
@@ -100,7 +108,7 @@ def build(
         return existing
     choose = (lambda text: "train") if valid else _hash_split(valid_fraction, seed)
     with corpus.building(out) as partial:
-        counts = _write(partial, encoder, train, valid, choose)
+        counts = _write(partial, encoder, train, valid, choose, most_bytes)
         if encoder.path is not None:
             shutil.copyfile(encoder.path, partial / "tokenizer.json")
         corpus.write_manifest(partial, {**request, "splits": counts})
@@ -156,6 +164,7 @@ def _write(
     train: list[Source],
     valid: list[Source],
     choose: Callable[[bytes], str],
+    most_bytes: int | None,
 ) -> dict[str, Any]:
     """Writes both splits, `choose` dividing the documents of `train`; returns their counts."""
     writers = {
@@ -163,8 +172,11 @@ def _write(
         for name in corpus.SPLITS
     }
     try:
-        for sources, split_of in ((train, choose), (valid, lambda text: "valid")):
-            for batch in _batches(sources):
+        for sources, most, split_of in (
+            (train, most_bytes, choose),
+            (valid, None, lambda text: "valid"),
+        ):
+            for batch in _batches(_documents(sources, most)):
                 for document, ids in zip(batch, encoder.encode(batch), strict=True):
                     writer = writers[split_of(document.text)]
                     writer.add(ids, len(document.text), document.separated)
@@ -181,21 +193,31 @@ def _write(
             writer.close()
 
 
-def _batches(sources: list[Source]) -> Iterator[list[Document]]:
+def _documents(sources: list[Source], most_bytes: int | None) -> Iterator[Document]:
+    """Of all sources in turn, until so many bytes are there."""
+    left = math.inf if most_bytes is None else most_bytes
+    for source in sources:
+        for document in source.documents():
+            yield document
+            left -= len(document.text)
+            if left <= 0:
+                return
+
+
+def _batches(source: Iterable[Document]) -> Iterator[list[Document]]:
     """Documents in groups of some megabytes; says how far it is at every 100 MB."""
     batch: list[Document] = []
     size = done = documents = 0
-    for source in sources:
-        for document in source.documents():
-            batch.append(document)
-            size += len(document.text)
-            if size < _BATCH_BYTES:
-                continue
-            yield batch
-            documents += len(batch)
-            if (done + size) // _PROGRESS_BYTES > done // _PROGRESS_BYTES:
-                _logger.info("%d MB, %d documents", (done + size) // 1_000_000, documents)
-            done += size
-            batch, size = [], 0
+    for document in source:
+        batch.append(document)
+        size += len(document.text)
+        if size < _BATCH_BYTES:
+            continue
+        yield batch
+        documents += len(batch)
+        if (done + size) // _PROGRESS_BYTES > done // _PROGRESS_BYTES:
+            _logger.info("%d MB, %d documents", (done + size) // 1_000_000, documents)
+        done += size
+        batch, size = [], 0
     if batch:
         yield batch
