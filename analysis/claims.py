@@ -23,8 +23,9 @@ import numpy as np
 from scipy import stats
 
 from analysis.command import Parser, status
-from analysis.ingredients import BASE, COVERAGE, SIGNIFICANT, weight_variants
+from analysis.ingredients import BASE, COVERAGE, weight_variants
 from analysis.learning_rate import optima
+from analysis.multiplicity import SIGNIFICANT
 from analysis.result_files import Missing, Results, against
 from analysis.tables import AnalysisError, count_text, finished, numbers, require
 from analysis.verdicts import (

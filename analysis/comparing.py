@@ -24,7 +24,7 @@ import numpy as np
 from analysis import estimates
 from analysis.estimates import CostRatio, Crossover, Difference, Draws, Estimate
 from analysis.fitting import refuse_samples
-from analysis.ingredients import SIGNIFICANT
+from analysis.multiplicity import SIGNIFICANT
 from analysis.nested import TESTS, Ladder, ladder, least_draws
 from analysis.tables import AnalysisError, count_text
 from analysis.two_arms import TwoArms

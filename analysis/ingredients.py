@@ -28,6 +28,7 @@ from scipy import stats
 from scipy.special import digamma, polygamma
 
 from analysis.command import Parser, status
+from analysis.multiplicity import SIGNIFICANT, holm
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.style import STYLE
 from analysis.tables import AnalysisError, finished, numbers, read_table, require, select
@@ -37,7 +38,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BASE = "base"
-SIGNIFICANT = 0.05  # of the Holm-adjusted p-value
 COVERAGE = 0.95
 
 # A variance this far below the median one is that of a change which changed next to nothing (one
@@ -273,15 +273,6 @@ def most_dof(bases: np.ndarray, dof: np.ndarray) -> float:
     """
     shares = (dof[bases == base] for base in np.unique(bases))
     return float(sum(4 * own.sum() / (own.size + 3) for own in shares))
-
-
-def holm(p: np.ndarray) -> np.ndarray:
-    """Holm's (1979) step-down adjustment of p-values [V], over all of them."""
-    order = np.argsort(p)
-    stepped = np.maximum.accumulate(p[order] * np.arange(p.size, 0, -1))
-    adjusted = np.empty_like(p)
-    adjusted[order] = np.minimum(stepped, 1.0)
-    return adjusted
 
 
 def _verdict(row: Mapping[str, Any]) -> str:

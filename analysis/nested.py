@@ -22,8 +22,8 @@ from typing import Any
 import numpy as np
 
 from analysis.identify import at_bounds, doubts
-from analysis.ingredients import holm
 from analysis.laws import get_law
+from analysis.multiplicity import holm
 from analysis.solver import OBJECTIVES, Problem, descend, refit, solve
 from analysis.tables import AnalysisError
 from analysis.two_arms import TwoArms

@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from analysis.ingredients import SIGNIFICANT
+from analysis.multiplicity import SIGNIFICANT
 
 if TYPE_CHECKING:
     import pandas as pd

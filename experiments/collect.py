@@ -6,22 +6,26 @@
 latents.csv has a row a run: the statistics of the latent weights (`bitnet_jax/telemetry.py`) in the
 last train line of its metrics.jsonl, and the gradient's cosine where its last endpoint has one.
 
-A run that was planned but has no summary yet is not in the table; one that failed is, with status
-`failed` and no loss.
+A run that was planned but has no summary yet is not in the table; one that failed in this launch,
+or that workers have given up, is, with status `failed` and no loss.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
-
-import pandas as pd
+from typing import TYPE_CHECKING, Any
 
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.files import SCHEMA_VERSION, DamagedFile, NewerFile, replacing
+from experiments.launch.failures import FILE, read_failures
 from experiments.summary import read_summary, verified_log
+
+if TYPE_CHECKING:  # a worker, which never collects, has no time for it
+    import pandas as pd
 
 WHO = ("run_id", "size", "precision", "seed", "tokens", "loss", "status")
 FLOATS = ("loss", "loss_stderr", "bits_per_byte", "train_loss", "wall_s")
@@ -43,6 +47,8 @@ def collect(
       FileNotFoundError: no run has finished or failed.
       ConfigError: a summary that is damaged, another run's, or out of the sweep's directory.
     """
+    import pandas as pd
+
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
         run_id = path.parent.name
@@ -53,7 +59,7 @@ def collect(
             endpoints = [_tagged(row, tags[run_id]) for row in endpoints]
         rows += [{"sweep": sweep_directory.name, **row} for row in endpoints]
     finished = {row["run_id"] for row in rows}
-    for run_id, failed in (failures or {}).items():
+    for run_id, failed in {**_given_up(sweep_directory, tags), **(failures or {})}.items():
         if run_id not in finished:
             rows += [{"sweep": sweep_directory.name, **row} for row in failed]
     if not rows:
@@ -67,6 +73,16 @@ def collect(
     with replacing(sweep_directory / "endpoints.parquet") as temporary:
         table.to_parquet(temporary, index=False)
     return table
+
+
+def _given_up(
+    sweep_directory: Path, tags: Mapping[str, Any] | None
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the runs that workers have given up, by run id."""
+    directories = sorted(path.parent for path in sweep_directory.glob(f"runs/*/{FILE}"))
+    wanted = [path for path in directories if tags is None or path.name in tags]
+    rows = {path.name: list(read_failures(path).endpoints) for path in wanted}
+    return {run_id: own for run_id, own in rows.items() if own}
 
 
 def _tagged(row: Mapping[str, Any], tags: Mapping[str, str]) -> dict[str, Any]:
@@ -88,6 +104,8 @@ def collect_latents(sweep_directory: Path) -> pd.DataFrame:
       FileNotFoundError: no such run has finished.
       ConfigError: a damaged summary, or a metrics file that does not belong to it.
     """
+    import pandas as pd
+
     rows = []
     for path in sorted(sweep_directory.glob("runs/*/summary.json")):
         summary = _summary(path)

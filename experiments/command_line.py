@@ -15,7 +15,7 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from bitnet_jax.configs.check import check_keys
-from bitnet_jax.errors import ConfigError, clipped, shown
+from bitnet_jax.errors import ConfigError, choose, clipped, shown
 from experiments.plan import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -23,7 +23,7 @@ DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
 Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR  --dry_run
-       --reproduce=RUN_DIR
+       --worker  --launcher=slurm [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
 Every key and what it means: {DEFAULT_RUN.relative_to(ROOT)}"""
 
 
@@ -33,7 +33,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """sweep, dry_run, workdir, reproduce and config of a command line.
+    """sweep, dry_run, worker, launcher, status, cancel, workdir, reproduce and config of a command
+    line.
 
     Raises:
       ConfigError: a missing config file or one that lacks keys, an unknown flag or key, a value of
@@ -46,6 +47,10 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("sweep", False, "run the sweep of the config file", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan, train nothing", flag_values=values)
+    flags.DEFINE_bool("worker", False, "train what others do not, then leave", flag_values=values)
+    flags.DEFINE_string("launcher", "local", "who trains: local or slurm", flag_values=values)
+    flags.DEFINE_bool("status", False, "show the launcher's jobs and the runs", flag_values=values)
+    flags.DEFINE_bool("cancel", False, "cancel the launcher's jobs", flag_values=values)
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
     flags.DEFINE_string("reproduce", None, "a run directory to make again", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
@@ -61,11 +66,34 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
         raise ConfigError("workdir='': give a directory, such as results")
     if len(rest) > 1:
         raise ConfigError(f"{shown(rest[1])}: unexpected argument; flags begin with --")
+    _check_together(values, configured)
+    return values
+
+
+def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
+    """Refuse flags that do not go together. configured: those of the config."""
+    choose("launcher", values.launcher, ("local", "slurm"))
+    of_slurm = [name for name in ("status", "cancel") if values[name].value]
+    of_sweeps = [*(["worker"] if values.worker else []), *of_slurm]
+    if values.launcher != "local":
+        of_sweeps.append(f"launcher={values.launcher}")
     if values.reproduce is not None:
-        for flag in (*(["--sweep"] if values.sweep else []), *configured):
+        sweeping = ["--sweep"] if values.sweep else []
+        for flag in (*sweeping, *(f"--{name}" for name in of_sweeps), *configured):
             right = "it does not go with --reproduce, which takes the run's own config.json"
             raise ConfigError(f"{clipped(flag)}: {right}")
-    return values
+    for name in of_sweeps:
+        if not values.sweep:
+            raise ConfigError(f"--{name}: only a sweep has workers and jobs; give --sweep, too")
+    for name in of_slurm:
+        if values.launcher != "slurm":
+            raise ConfigError(f"--{name}: only jobs have it; give --launcher=slurm, too")
+    one_of = [*of_slurm, *(name for name in ("dry_run", "worker") if values[name].value)]
+    if len(one_of) > 1 and (of_slurm or values.launcher != "local"):
+        given = ", ".join(f"--{name}" for name in one_of)
+        raise ConfigError(f"{given}: they do not go together; give one of them")
+    if values.worker and values.launcher != "local":
+        raise ConfigError("--worker: it trains here; leave it out to submit jobs that are workers")
 
 
 def overridden_keys(values: flags.FlagValues) -> list[str]:

@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from bitnet_jax.configs.resolve import group_size, loop_options, resolve
+from bitnet_jax.configs.resolve import failures_allowed, group_size, loop_options, resolve
 from bitnet_jax.data import Corpus
 from bitnet_jax.errors import ConfigError, clipped, one_line, shown
 from bitnet_jax.files import DamagedFile, read_json, within
@@ -25,7 +25,7 @@ EXAMPLE = "sweeps/isoflop.py:size=800k"
 LONGEST_NAME = 200  # bytes; a file system takes 255, of which temporary names need some
 
 
-ONE_A_SWEEP = ("name", "data.source")  # the table and the corpus
+ONE_A_SWEEP = ("name", "data.source", "slurm")  # the table, the corpus, and who trains
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,11 +118,12 @@ def make_plan(
         run_config = _with(config, point)
         spec = resolve(run_config, corpus)
         for key in ONE_A_SWEEP:
-            if run_config[key] != config[key]:
+            if _plain(run_config[key]) != _plain(config[key]):
                 right = "all runs of a sweep share it; set it outside of the sweep's points"
                 raise ConfigError(f"{key}={shown(run_config[key])}: {right}")
         loop_options(run_config)  # its mistakes, too, are met before anything is written
         group_size(run_config)
+        failures_allowed(run_config)
         if spec.run_id in runs:
             raise ConfigError(
                 f"sweep={config.name!r}: {spec.run_id} occurs twice; points must differ"
@@ -133,6 +134,10 @@ def make_plan(
     if not runs:
         raise ConfigError(f"sweep={config.name!r}: it has no points; fill in its axes")
     return Plan(config.name, directory, corpus, tuple(runs.values()))
+
+
+def _plain(value: Any) -> Any:
+    return value.to_dict() if isinstance(value, ConfigDict) else value
 
 
 def _check_directories(sweep: Path, runs: Iterable[PlannedRun]) -> None:

@@ -10,20 +10,31 @@ figures/ and report.html. Without: the one run that the config describes. What i
 skipped, what was interrupted goes on. The same command given several times at once, on one machine
 or on several that share the workdir, shares the runs out; each ends when all are finished.
 
+With --worker as well: only trains, as one of any number of workers, and leaves when nothing is left
+that others who live do not have. What fails is tried again, until it has failed launch.failures
+times without getting on. The same command without --worker makes the table and the report.
+
+With --launcher=slurm as well: submits an array of workers to Slurm, as the config's section `slurm`
+says. --dry_run shows the batch script and the plan, --status the sweep's jobs and runs, --cancel
+cancels these jobs.
+
 With --reproduce: trains a finished run afresh, and alone, from its config.json, in `reproduced` of
 the workdir (never where the original lies), compares endpoints, metrics.jsonl and model with it to
 the bit, and shows where both come from. reproduction.json beside the new run says the same.
 
 Exit status: 0 all endpoints there; 1 some run failed or diverged (the rest is complete); 2 bad
 usage or config; 130 or 143 interrupted by Ctrl-C or SIGTERM, state saved. A second signal ends the
-process at once, by that signal (a shell's 130 or 143); what was saved before is whole. Of
---reproduce: 0 equal to the bit; 1 different or failed; 2, 130 and 143 as above.
+process at once, by that signal (a shell's 130 or 143); what was saved before is whole. Of a
+worker: 0 nothing is left for it; 1 the same, but a run diverged or was given up in it; 2, 130 and
+143 as above, and the command again goes on. Of --reproduce: 0 equal to the bit; 1 different or
+failed; 2, 130 and 143 as above.
 """
 
 import contextlib
 import logging
 import os
 import shlex
+import shutil
 import signal
 import sys
 import time
@@ -31,9 +42,9 @@ import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import jax
-import pandas as pd
 from absl import logging as absl_logging
 from absl.flags import FlagValues
 from rich.console import Console
@@ -44,12 +55,17 @@ from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
-from experiments import command_line, display, report, reproduce
+from experiments import cluster, command_line, display, report_kept
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch.local import StopRequest, alone, train_all
+from experiments.launch import slurm
+from experiments.launch.local import StopRequest, alone, train_all, work
 from experiments.plan import Plan, load_points, make_plan
-from experiments.references import references
+
+# The analysis, its figures and pandas are imported where results are written: half of the time to
+# start is theirs, and a worker needs none of them.
+if TYPE_CHECKING:
+    import pandas as pd
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,15 +113,43 @@ def _run(argv: list[str]) -> int:
     overridden = command_line.overridden_keys(flags)
     plan = make_plan(flags.config, points, corpus, Path(flags.workdir), overridden)
     screen = display.console()
+    if flags.launcher == "slurm":
+        return _on_slurm(flags, plan, screen, argv)
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
     _prepare(plan)
+    if flags.worker:
+        return _work(plan, screen, command)
     return _train(plan, screen, flags.sweep, command)
+
+
+def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -> int:
+    """Nothing trains here."""
+    wanted, script = cluster.prepared(plan, flags.config, argv)
+    if not (wanted.mixed_code or flags.status or flags.cancel):
+        cluster.check_code(plan)
+    if flags.dry_run and shutil.which("sbatch") is None:
+        cluster.show_plan(screen, plan, script)
+        print("warning: sbatch: not found; whether Slurm takes it is unknown", file=sys.stderr)
+        return 0
+    slurm.check_cluster(wanted)
+    if flags.dry_run:
+        cluster.show_plan(screen, plan, script)
+    elif flags.status:
+        cluster.show_status(screen, plan)
+    elif flags.cancel:
+        cluster.cancel(screen, plan)
+    else:
+        _make_writable(plan.directory)
+        cluster.submit(screen, plan, wanted, script)
+    return 0
 
 
 def _reproduce(flags: FlagValues, command: str) -> int:
     """Make a run again, and say whether it is the same."""
+    from experiments import reproduce
+
     original = reproduce.read_original(Path(flags.reproduce))
     plan = reproduce.make_reproduction(original, Path(flags.workdir))
     directory, screen = plan.runs[0].directory, display.console()
@@ -175,6 +219,16 @@ def _make_writable(directory: Path) -> None:
         ) from error
 
 
+def _work(plan: Plan, screen: Console, command: str) -> int:
+    """Train what nobody else does, and leave the results to who collects them."""
+    show = display.SweepDisplay(screen, plan)
+    with _stoppable(screen, command) as stop, show.live():
+        all_well = work(plan, show, stop)
+    done = sum(run.finished for run in plan.runs)
+    screen.print(f"nothing is left for this worker; {done} of {len(plan.runs)} runs are finished")
+    return 0 if all_well else 1
+
+
 def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
     began, show = time.monotonic(), display.SweepDisplay(screen, plan)
     with contextlib.ExitStack() as turn:
@@ -207,7 +261,9 @@ def _stoppable(screen: Console, command: str) -> Iterator[StopRequest]:
             raise _Stopped(128 + (stop.signal or signal.SIGINT)) from error
 
 
-def _show_endpoints(screen: Console, name: str, table: pd.DataFrame) -> None:
+def _show_endpoints(screen: Console, name: str, table: "pd.DataFrame") -> None:
+    from experiments import report
+
     shown = Table(title=f"{name}: endpoints", title_justify="left")
     for column in report.TABLE_HEADER:
         shown.add_column(column, justify="left" if column in ("size", "arm", "status") else "right")
@@ -217,15 +273,22 @@ def _show_endpoints(screen: Console, name: str, table: pd.DataFrame) -> None:
 
 
 def _report(plan: Plan, screen: Console, command: str) -> None:
-    """Fit, draw and write; print the laws, the verdict and where things are."""
+    """Fit, draw and write, where that is not done; print the laws, the verdict and where things
+    are."""
+    from experiments import report
+    from experiments.references import references
+
     lines = references(plan)
     bytes_per_token = plan.corpus.valid_bytes_per_token
-    paths = report.write_report(
-        plan.directory,
-        title=f"bitnet_jax: {plan.name}",
-        references=lines,
-        facts={"command": command, "corpus": plan.corpus.name},
-    )
+    told: dict[str, Any] = {
+        "title": f"bitnet_jax: {plan.name}",
+        "references": lines,
+        "facts": {"command": command, "corpus": plan.corpus.name},
+    }
+    paths = report_kept.kept(plan.directory, told)
+    if paths is None:
+        paths = report.write_report(plan.directory, **told)
+        report_kept.keep(plan.directory, told, paths)
     for label, nats in lines.items():
         bits = bits_per_byte(nats, bytes_per_token)
         screen.print(f"{label}: {nats:.4f} nats a token, {bits:.3f} bits a byte")

@@ -13,8 +13,8 @@ import pytest
 from analysis.compare import _crossover, main
 from analysis.comparing import Verdict, compare
 from analysis.estimates import surrounded
-from analysis.ingredients import SIGNIFICANT, holm
 from analysis.laws import LAWS
+from analysis.multiplicity import SIGNIFICANT, holm
 from analysis.nested import TESTS, as_case_of, ladder, least_draws
 from analysis.tables import AnalysisError
 from analysis.two_arms import TwoArms

@@ -24,6 +24,10 @@ SAME = [
     {"launch.parallel": 3},
     {"launch.dispatch": 4},
     {"launch.resident_bytes": 0},
+    {"launch.failures": 9},
+    {"slurm.workers": 2, "slurm.minutes": 5, "slurm.partition": "p", "slurm.account": "a"},
+    {"slurm.processes": 2, "slurm.nodes": 2, "slurm.gpus": 1, "slurm.cpus": 3},
+    {"slurm.memory": "1G", "slurm.mixed_code": True},
     {"name": "other"},
     {"seeds.init": 0},  # what it is without being said
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},

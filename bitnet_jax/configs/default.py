@@ -110,6 +110,19 @@ def get_config() -> ConfigDict:
         int
     )  # optimizer steps a call of the compiled program; default: 1 on a CPU, else 16
     c.launch.resident_bytes = 2**30  # token files up to this size are put on the device
+    c.launch.failures = 3  # so often in a row, without getting on: workers give a run up
+
+    c.slurm = ConfigDict()  # what --launcher=slurm asks for; the same for all runs of a sweep
+    c.slurm.workers = 1  # jobs of the array, each one worker; no more are made than runs are left
+    c.slurm.minutes = 60  # of a job; a worker that is cut short is requeued and goes on
+    c.slurm.partition = config_dict.placeholder(str)  # default: the cluster's
+    c.slurm.account = config_dict.placeholder(str)  # default: the user's
+    c.slurm.processes = 1  # that train one run together
+    c.slurm.nodes = 1  # over which these are spread
+    c.slurm.gpus = 0  # of each node
+    c.slurm.cpus = config_dict.placeholder(int)  # of each process; default: the cluster's
+    c.slurm.memory = config_dict.placeholder(str)  # of each node, as 16G; default: the cluster's
+    c.slurm.mixed_code = False  # go on with a sweep that another commit has begun
 
     c.tracking = ConfigDict()
     c.tracking.wandb = config_dict.placeholder(

@@ -158,6 +158,17 @@ def parallel(config: ConfigDict) -> int:
     return _launch(config, "parallel", on_cpu=min(2, os.cpu_count() or 1), elsewhere=1)
 
 
+def failures_allowed(config: ConfigDict) -> int:
+    """How often a run may fail without getting on until workers give it up.
+
+    Raises:
+      ConfigError: fewer than one.
+    """
+    count = config.launch.failures
+    require(count >= 1, "launch.failures", count, "it must be at least 1")
+    return count
+
+
 def _launch(config: ConfigDict, name: str, on_cpu: int, elsewhere: int) -> int:
     value = config.launch[name]
     if value is None:

@@ -16,6 +16,7 @@ Suites:
   checkpoint
            seconds that a save takes from training, as a share of the time between two saves
   startup  until the first step: a second run in a process, a new process, a warm compilation cache
+  workers  seconds to a worker's first step with kept programs, and of a launch of 100 finished runs
   fit      the search for a law's parameters against a loop over scipy's
 
 What is compared runs by turns in one process, and its ratio is that of a turn; reported are the
@@ -49,6 +50,7 @@ from experiments.benchmark import (
     step,
     sweep,
     table,
+    workers,
 )
 from experiments.benchmark.environment import environment
 from experiments.benchmark.result import Result
@@ -63,6 +65,7 @@ SUITES: dict[str, Callable[[Workload, step.Say], Result]] = {
     "data": data.run,
     "checkpoint": checkpoint.run,
     "startup": startup.run,
+    "workers": workers.run,
     "fit": fit.run,
 }
 

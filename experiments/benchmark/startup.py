@@ -47,17 +47,17 @@ def run(workload: Workload, say: Say) -> Result:
     result = Result(notes=[f"{SECOND_RUN}: not a ratio, but seconds until the first step is done"])
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        overrides = _overrides(workload, _corpus(folder))
+        keys = overrides(workload, corpus_of_words(folder))
         for seed in SEEDS:
             say(f"seed {seed}, in this process")
-            waited = _run_here(overrides | {"seed": seed}, folder / str(seed))
+            waited = _run_here(keys | {"seed": seed}, folder / str(seed))
             _add(result, f"run {seed + 1} of a process", waited)
         later = [row["first_step_seconds"] for row in result.measurements[1:]]
         result.ratios[SECOND_RUN] = spread(later, GOAL_SECONDS)
         if jax.default_backend() == "tpu":
             result.notes.append("new processes: not measured, since this one holds the TPU")
         else:
-            _add_processes(result, overrides, folder, say)
+            _add_processes(result, keys, folder, say)
     return result
 
 
@@ -66,7 +66,7 @@ def _add(result: Result, case: str, waited: Waited) -> None:
     result.measurements.append({"suite": "startup", **row})
 
 
-def _add_processes(result: Result, overrides: dict[str, Any], folder: Path, say: Say) -> None:
+def _add_processes(result: Result, keys: dict[str, Any], folder: Path, say: Say) -> None:
     for count in range(IMPORTS):
         say("importing, in a new process")
         seconds = _import()
@@ -76,13 +76,13 @@ def _add_processes(result: Result, overrides: dict[str, Any], folder: Path, say:
     for cache in ("empty", "warm"):
         say(f"a new process, {cache} compilation cache")
         workdir = folder / cache
-        waited[cache] = run_process(_command(overrides, workdir), workdir, folder / "cache")
+        waited[cache] = run_process(_command(keys, workdir), workdir, folder / "cache")
         _add(result, f"new process, {cache} cache", waited[cache])
     share = waited["warm"].first_step / waited["empty"].first_step
     result.ratios["startup_time/warm_cache/empty_cache"] = spread([share])
 
 
-def _corpus(folder: Path) -> Path:
+def corpus_of_words(folder: Path) -> Path:
     """Words at random, prepared."""
     generator = random.Random(0)
     for split in ("train", "valid"):
@@ -94,7 +94,7 @@ def _corpus(folder: Path) -> Path:
     return out
 
 
-def _overrides(workload: Workload, corpus: Path) -> dict[str, Any]:
+def overrides(workload: Workload, corpus: Path) -> dict[str, Any]:
     """Keys of a run of a handful of steps, each of which reports; all else as runs have it."""
     name, _, carrier = workload.arms[0].partition(":")
     config = default.get_config()
@@ -110,10 +110,10 @@ def _overrides(workload: Workload, corpus: Path) -> dict[str, Any]:
     }
 
 
-def _run_here(overrides: dict[str, Any], directory: Path) -> Waited:
+def _run_here(keys: dict[str, Any], directory: Path) -> Waited:
     """All that one run of a sweep does, from the call to its return."""
     config: ConfigDict = default.get_config()
-    config.update_from_flattened_dict(overrides)
+    config.update_from_flattened_dict(keys)
     corpus = load(Path(config.data.source))
     spec, options = resolve(config, corpus), loop_options(config)
     first: list[float] = []
@@ -136,8 +136,8 @@ def _import() -> float:
     return time.perf_counter() - began
 
 
-def _command(overrides: dict[str, Any], workdir: Path) -> list[str]:
-    flags = [f"--config.{key}={value}" for key, value in overrides.items()]
+def _command(keys: dict[str, Any], workdir: Path) -> list[str]:
+    flags = [f"--config.{key}={value}" for key, value in keys.items()]
     return [sys.executable, "-m", "experiments.run", f"--workdir={workdir}", *flags]
 
 

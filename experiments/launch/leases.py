@@ -22,6 +22,7 @@ import dataclasses
 import fcntl
 import hashlib
 import json
+import math
 import os
 import re
 import socket
@@ -48,19 +49,41 @@ class LeaseLost(Exception):
 
 
 class Held(Exception):
-    """Another launcher has the run. The message says which: host and process."""
+    """Another launcher has the run. The message says which: host and process.
+
+    moved: when its counter was last seen to move, by the clock of the Leases that looked.
+    """
+
+    def __init__(self, who: str, moved: float = -math.inf):
+        super().__init__(who)
+        self.moved = moved
 
 
 @dataclasses.dataclass(eq=False)
 class Lease:
-    """A claim to one run. descriptor: of its open file, which carries the lock."""
+    """A claim to one run. descriptor: of its open file, which carries the lock.
+
+    orphaned: the holder before has ended, or has fallen silent, without letting the run go.
+    """
 
     name: str
     generation: int
     path: Path
     descriptor: int
     record: dict[str, Any]
+    orphaned: bool = False
     lost: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class _Seen:
+    """What another's lease held when it was looked at; by the watcher's clock since when it has,
+    and when its counter moved."""
+
+    generation: int
+    content: bytes
+    since: float
+    moved: float
 
 
 class Leases:
@@ -78,10 +101,10 @@ class Leases:
         clock: Callable[[], float] = time.monotonic,
         machine: str | None = None,
     ) -> None:
-        self._folder, self._timeout, self._clock = folder, timeout, clock
+        self._folder, self._timeout, self.clock = folder, timeout, clock
         self._heartbeat, self._machine = heartbeat, machine or _this_machine()
         self._held: list[Lease] = []
-        self._seen: dict[str, tuple[tuple[int, bytes], float]] = {}  # by name; since when
+        self._seen: dict[str, _Seen] = {}  # by name
         self._lock = threading.RLock()
         self._closed = threading.Event()
         self._thread: threading.Thread | None = None
@@ -115,6 +138,7 @@ class Leases:
                 self._keep_alive()
             except BaseException as error:
                 for lease in taken:
+                    lease.record["orphaned"] = lease.orphaned
                     self.release(lease, done=False)
                 if isinstance(error, OSError):
                     raise ConfigError(
@@ -159,6 +183,16 @@ class Leases:
             finally:
                 os.close(lease.descriptor)
 
+    def holder(self, name: str) -> str | None:
+        """Who has a run: host and process, be it that it has died on another machine; or None."""
+        try:
+            self._free(name)
+        except Held as held:
+            return str(held)
+        except OSError:  # no folder
+            return None
+        return None
+
     def clear(self, finished: Iterable[str]) -> None:
         """Delete what launchers that died have left of finished runs."""
         try:
@@ -199,7 +233,7 @@ class Leases:
             except Held as held:
                 refused.append(held)
         if refused:
-            raise refused[0]
+            raise min(refused, key=lambda held: held.moved)
 
     def _take(self, name: str) -> Lease:
         """Create the next generation.
@@ -208,13 +242,14 @@ class Leases:
           Held: another launcher has the run, or was quicker.
           OSError: the folder cannot be written.
         """
-        generation = self._free(name) + 1
+        last, orphaned = self._free(name)
+        generation = last + 1
         path = self._path(name, generation)
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
         except FileExistsError as error:
             raise Held(_who(path)) from error
-        lease = Lease(name, generation, path, descriptor, {})
+        lease = Lease(name, generation, path, descriptor, {}, orphaned)
         try:
             # Locked before the record says by whom, so that none who reads it finds the lock free.
             lease.record |= self._new_record(_locked(descriptor), os.fstat(descriptor).st_dev)
@@ -242,8 +277,9 @@ class Leases:
             "beats": 0,
         }
 
-    def _free(self, name: str) -> int:
-        """The highest generation of a run, which may be succeeded; 0 if there is none.
+    def _free(self, name: str) -> tuple[int, bool]:
+        """The highest generation of a run, which may be succeeded, and whether it is orphaned; 0
+        if there is none.
 
         Raises:
           Held: it may not yet.
@@ -251,21 +287,25 @@ class Leases:
         """
         generation = self._highest().get(_stem(name), 0)
         if generation == 0:
-            return 0
+            return 0, False
         # Before the reading: this process may be suspended between the two.
-        now = self._clock()
+        now = self.clock()
         path = self._path(name, generation)
         content = _read(path)
         record = _parse(content)
-        if record.get("released") is True or self._dead(path, record):
-            return generation
-        state = generation, content
-        seen, since = self._seen.get(name, (None, 0.0))
-        if seen != state:
-            self._seen[name] = state, self._clock()
-        elif now - since >= self._timeout:
-            return generation
-        raise Held(_who(path))
+        if record.get("released") is True:
+            return generation, record.get("orphaned") is True
+        if self._dead(path, record):
+            return generation, True
+        seen = self._seen.get(name)
+        if seen is None or (seen.generation, seen.content) != (generation, content):
+            looked = self.clock()
+            known = seen is not None and seen.generation == generation
+            seen = _Seen(generation, content, looked, looked if known else -math.inf)
+            self._seen[name] = seen
+        elif now - seen.since >= self._timeout:
+            return generation, True
+        raise Held(_who(path), seen.moved)
 
     def _dead(self, path: Path, record: dict[str, Any]) -> bool:
         """Whether the holder's lock would be seen here, and is not there."""

@@ -6,27 +6,32 @@ small model are too short to occupy several. Either way one long-lived process c
 and arm once and serves every run of it.
 
 Launchers of one sweep, wherever they run, share its folder and its runs by leases (`leases.py`).
+A worker is a launcher that leaves as soon as it has nothing to do but wait for others, tries again
+what fails, and gives up what fails too often without getting on (`failures.py`).
 """
 
 import contextlib
 import dataclasses
+import functools
+import math
 import os
 import signal
 import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
-from bitnet_jax.configs.resolve import group_size, loop_options, parallel
+from bitnet_jax.configs.resolve import failures_allowed, group_size, loop_options, parallel
 from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
 from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
+from experiments.launch.failures import Failures, count_failure, forget_failures, read_failures
 from experiments.launch.leases import Held, Lease, Leases, look_afresh
 from experiments.plan import Plan, PlannedRun, first_line
 from experiments.summary import read_summary
@@ -80,10 +85,31 @@ def train_all(
       Interrupted: should_stop said so; the plan goes on from there when launched again.
       ConfigError: the leases cannot be written.
     """
+    return _launch(plan, display, should_stop, is_worker=False).failures
+
+
+def work(plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]) -> bool:
+    """Train what can be had, until each run is finished, given up or with others who live.
+
+    What fails is tried again, by this worker or another, until it has failed so often without
+    getting on as `launch.failures` allows.
+
+    Returns whether all that came to its end here is well: no run diverged, none was given up.
+
+    Raises:
+      Interrupted, ConfigError: as `train_all`.
+    """
+    return _launch(plan, display, should_stop, is_worker=True).all_well
+
+
+def _launch(
+    plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool], is_worker: bool
+) -> "_Launch":
     with Leases(plan.directory / "leases") as leases:
-        failures = _Launch(plan, display, should_stop, leases).run()
+        launch = _Launch(plan, display, should_stop, leases, is_worker)
+        launch.run()
         leases.clear(run.spec.run_id for run in plan.runs if run.finished)
-    return failures
+    return launch
 
 
 @contextlib.contextmanager
@@ -131,9 +157,10 @@ class _Launch:
         display: SweepDisplay,
         should_stop: Callable[[int], bool],
         leases: Leases,
+        is_worker: bool,
     ) -> None:
         self._plan, self._display, self._should_stop = plan, display, should_stop
-        self._leases = leases
+        self._leases, self._is_worker = leases, is_worker
         self._waiting = grouped(plan.runs)
         wanted = max((parallel(group[0].config) for group in self._waiting), default=1)
         self._workers = max(1, min(wanted, len(self._waiting)))
@@ -141,9 +168,10 @@ class _Launch:
         self._background = ThreadPoolExecutor(max_workers=1)
         self._compiling: dict[tuple, Future] = {}  # by program
         self._stopped = False
-        self._failures: dict[str, list[dict[str, Any]]] = {}
+        self.failures: dict[str, list[dict[str, Any]]] = {}
+        self.all_well = True
 
-    def run(self) -> dict[str, list[dict[str, Any]]]:
+    def run(self) -> None:
         others = max(self._workers - 1, 1)
         with self._background, ThreadPoolExecutor(max_workers=others) as threads:
             futures = [threads.submit(self._work) for _ in range(self._workers - 1)]
@@ -154,7 +182,6 @@ class _Launch:
             except BaseException:
                 self._stopped = True
                 raise
-        return self._failures
 
     def _work(self) -> None:
         while (claim := self._take()) is not None:
@@ -168,10 +195,12 @@ class _Launch:
                 if claim.lost:
                     self._give_up(claim, progress)
                 else:
-                    self._failures.update(_fail(claim.group, error, progress))
+                    self._fail(claim.group, error, progress)
             else:
                 for run, summary in zip(claim.group, summaries, strict=True):
+                    forget_failures(run.directory)
                     progress.finish(run, _outcome(summary))
+                    self.all_well &= summary["status"] == "ok"
             finally:
                 self._release(claim.group, claim.leases)
 
@@ -189,6 +218,31 @@ class _Launch:
             should_stop=self._stop,
             guard=lambda: self._leases.check(claim.leases),
         )
+
+    def _fail(self, group: list[PlannedRun], error: Exception, progress: GroupProgress) -> None:
+        """Leave the traceback with every run of the group. Called while the error is handled."""
+        left = []
+        for run in group:
+            path = run.directory / "failure.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(traceback.format_exc())
+            failures = self._count(run, first_line(error))
+            if self._is_worker and not failures.given_up:
+                left.append(run)
+                continue
+            progress.finish(run, f"FAILED: {first_line(error)}; see {path}")
+            self.failures[run.spec.run_id] = _failed_rows(run)
+            self.all_well = False
+        if left:
+            progress.leave(f"failed, to be tried again: {first_line(error)}; see {path}")
+            with self._taking:
+                self._waiting.append(left)
+
+    def _count(self, run: PlannedRun, reason: str) -> Failures:
+        """Count a failure of a run whose lease is held here; only a worker gives it up."""
+        most = failures_allowed(run.config) if self._is_worker else math.inf
+        rows = functools.partial(_failed_rows, run)
+        return count_failure(run.directory, run.spec.run_id, reason, most, rows)
 
     def _give_up(self, claim: _Claim, progress: GroupProgress) -> None:
         """Another launcher took over what this one was silent about for too long."""
@@ -209,20 +263,28 @@ class _Launch:
     def _take(self) -> _Claim | None:
         """The next group, whose programs are there, are being made, or are for it to make.
 
-        None once no run is left, neither here nor, unfinished, with another launcher.
+        None once no run is left, neither here nor, unfinished, with another launcher; of a worker,
+        once others hold all that is left and each has been seen to live since.
         """
         told: set[str] = set()
+        idle_since: float | None = None
         while True:
             with self._taking:
                 if self._stopped or not self._waiting:
                     return None
-                held: set[str] = set()
+                held: list[Held] = []
                 claim = self._claim_next(held)
                 if claim is not None:
                     break
-            if held - told:
-                self._display.say(f"waiting for runs of {', '.join(sorted(held))}")
-                told |= held
+            holders = {str(each) for each in held}
+            if holders - told:
+                self._display.say(f"waiting for runs of {', '.join(sorted(holders))}")
+                told |= holders
+            if idle_since is None:
+                idle_since = self._leases.clock()
+            elif held and self._is_worker and all(each.moved > idle_since for each in held):
+                self._display.say(f"left to {', '.join(sorted(holders))}")
+                return None
             if held:
                 _wait(self._stop)
         own = self._compiling[_program(claim.group)]
@@ -233,7 +295,7 @@ class _Launch:
             return None
         return claim
 
-    def _claim_next(self, held: set[str]) -> _Claim | None:
+    def _claim_next(self, held: list[Held]) -> _Claim | None:
         """The first group that can be had in whole; None if each is with others, who go to `held`.
 
         Begins to compile for the one behind it. Called by one worker at a time.
@@ -243,7 +305,7 @@ class _Launch:
             try:
                 claim, rest = self._claim(self._waiting[place])
             except Held as holder:
-                held.add(str(holder))
+                held.append(holder)
                 place += 1
                 continue
             self._waiting[place : place + 1] = rest
@@ -269,11 +331,27 @@ class _Launch:
         for run in group:
             if run.finished:
                 self._display.finished_elsewhere(run, _outcome_elsewhere(run))
-        first, *rest = grouped(runs) or [[]]
+        orphans = {lease.name for lease in leases if lease.orphaned}
+        left = [run for run in runs if not run.finished and self._wanted(run, orphans)]
+        first, *rest = grouped(left) or [[]]
         chosen = {run.spec.run_id for run in first}
         self._release(runs, [lease for lease in leases if lease.name not in chosen])
         own = [lease for lease in leases if lease.name in chosen]
         return (_Claim(first, own) if first else None), rest
+
+    def _wanted(self, run: PlannedRun, orphans: Collection[str]) -> bool:
+        """Whether a run that is claimed should be trained. orphans: ids of those whose last holder
+        has ended without a word, which is counted."""
+        if run.spec.run_id in orphans:
+            failures = self._count(run, "its worker ended without a word")
+            news = f"its worker has ended without a word ({failures.count} without getting on)"
+            self._display.say(f"{self._display.number(run)} {run.spec.run_id}  {news}")
+            self.all_well &= not (self._is_worker and failures.given_up)
+        if self._is_worker and (known := read_failures(run.directory)).given_up:
+            text = f"FAILED: given up after {known.count} failures: {known.reason}"
+            self._display.finished_elsewhere(run, text)
+            return False
+        return True
 
     def _compile_ahead(self, group: list[PlannedRun]) -> None:
         program = _program(group)
@@ -310,20 +388,6 @@ def _compile_ahead(plan: Plan, group: list[PlannedRun]) -> None:
     run = group[0]
     with contextlib.suppress(Exception):  # said when the group's turn comes
         compile_ahead(run.spec, len(group), plan.corpus, loop_options(run.config))
-
-
-def _fail(
-    group: list[PlannedRun], error: Exception, progress: GroupProgress
-) -> dict[str, list[dict[str, Any]]]:
-    """Leave the traceback with every run of the group. Called while the error is handled."""
-    rows = {}
-    for run in group:
-        path = run.directory / "failure.txt"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(traceback.format_exc())
-        progress.finish(run, f"FAILED: {first_line(error)}; see {path}")
-        rows[run.spec.run_id] = _failed_rows(run)
-    return rows
 
 
 def grouped(runs: Iterable[PlannedRun]) -> list[list[PlannedRun]]:
