@@ -243,9 +243,16 @@ def test_how_runs_are_laid_on_the_machine(tiny_config, monkeypatch, backend, dev
 def test_programs_that_train_side_by_side(
     tiny_config, tiny_corpus, monkeypatch, backend, cores, programs
 ):
-    """Where nothing is said: two on the cores of a CPU, one elsewhere. It is no part of a run."""
+    """Where nothing is said: two on the cores of a CPU that are the process's, one elsewhere. It is
+    no part of a run."""
     monkeypatch.setattr("jax.default_backend", lambda: backend)
     monkeypatch.setattr("os.cpu_count", lambda: cores)
+    if cores is None:  # as on a Mac
+        monkeypatch.delattr("os.sched_getaffinity", raising=False)
+    else:
+        bound = set(range(cores))
+        monkeypatch.setattr("os.sched_getaffinity", lambda process: bound, raising=False)
+        monkeypatch.setattr("os.cpu_count", lambda: 128)
     plain, said = tiny_config(), tiny_config({"launch.parallel": 3})
     assert parallel(plain) == loop_options(plain).parallel == programs
     assert parallel(said) == loop_options(said).parallel == 3

@@ -155,7 +155,13 @@ def parallel(config: ConfigDict) -> int:
     Raises:
       ConfigError: fewer than one.
     """
-    return _launch(config, "parallel", on_cpu=min(2, os.cpu_count() or 1), elsewhere=1)
+    return _launch(config, "parallel", on_cpu=min(2, _cores()), elsewhere=1)
+
+
+def _cores() -> int:
+    """That this process may use, which a cluster may have bound to some of the machine's."""
+    bound = getattr(os, "sched_getaffinity", None)
+    return len(bound(0)) if bound else os.cpu_count() or 1
 
 
 def failures_allowed(config: ConfigDict) -> int:
