@@ -8,11 +8,12 @@ are the probabilities, in 16 bits. On a GPU `cudnn` is the flash kernel instead,
 """
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from bitnet_jax.layout import moved
 from bitnet_jax.saving import mark
@@ -22,6 +23,14 @@ IMPLEMENTATIONS = ("blocks", "cudnn")
 # Queries a block: as few as still make good matrix products. The program grows with the blocks.
 BLOCK = 64
 MAX_BLOCKS = 8
+
+
+class Cache(NamedTuple):
+    """Keys and values of what a text has so far, and how many tokens that is; S is the most."""
+
+    keys: Float[Array, "B K S H"]
+    values: Float[Array, "B K S H"]
+    length: Int[Array, ""]
 
 
 def causal_attention(
@@ -42,6 +51,34 @@ def causal_attention(
     grouped = scaled.reshape(batch, length, kv_heads, -1, head_size).transpose(0, 2, 3, 1, 4)
     y = _attend(grouped, k.transpose(0, 2, 1, 3), v.transpose(0, 2, 1, 3))
     return y.transpose(0, 3, 1, 2, 4).reshape(batch, length, heads, head_size)
+
+
+def continued_attention(
+    q: Float[Array, "B T N H"], k: Float[Array, "B T K H"], v: Float[Array, "B T K H"], past: Cache
+) -> tuple[Float[Array, "B T N H"], Cache]:
+    """`causal_attention` of tokens that come after others, or of several that begin a text.
+
+    Operands are those of `causal_attention`, rounded to q's dtype; sums are float32, as there, but
+    over the whole cache, whose end the mask makes exact zeros.
+    """
+    batch, length, heads, head_size = q.shape
+    start = (0, 0, past.length, 0)
+    keys, values = (
+        jax.lax.dynamic_update_slice(old, new.transpose(0, 2, 1, 3).astype(old.dtype), start)
+        for old, new in ((past.keys, k), (past.values, v))
+    )
+    now = Cache(keys, values, past.length + length)
+    if length > 1:  # the first
+        return causal_attention(q, k, v), now
+    scaled = (q.astype(jnp.float32) * head_size**-0.5).astype(q.dtype)
+    rows = scaled.reshape(batch, k.shape[2], -1, head_size).astype(jnp.float32)
+    unseen = jnp.arange(keys.shape[2]) > past.length
+    # As float32: XLA's CPU backend has no fast 16-bit product of a vector.
+    scores = _product(rows, keys.astype(jnp.float32), 3, 3)
+    scores += jnp.where(unseen, -jnp.inf, 0.0)[None, None, None]
+    weights = jax.nn.softmax(scores, axis=-1).astype(q.dtype).astype(jnp.float32)
+    y = _product(weights, values.astype(jnp.float32), 3, 2).astype(q.dtype)
+    return y.reshape(batch, 1, heads, head_size), now
 
 
 @jax.custom_vjp

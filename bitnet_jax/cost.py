@@ -100,13 +100,19 @@ def _scales(c: TransformerConfig, precision: Precision) -> list[int]:
     ]
 
 
-# Picojoules of one addition and one multiplication at 7 nm, as BitNet's papers use them
-# (arXiv:2310.11453, table 2; arXiv:2402.17764, figure 3; figures of Zhang et al. 2022).
-ENERGY_7NM_PJ = {"fp32": (0.38, 1.31), "fp16": (0.16, 0.34), "int8": (0.007, 0.07)}
+# Picojoules of one addition and one multiplication by process, as BitNet's papers use them
+# (arXiv:2310.11453, table 2; arXiv:2402.17764, figure 3): 45 nm by Horowitz (ISSCC 2014), 7 nm by
+# Zhang et al. (2022).
+ENERGY_PJ = {
+    "7nm": {"fp32": (0.38, 1.31), "fp16": (0.16, 0.34), "int8": (0.007, 0.07)},
+    "45nm": {"fp32": (0.9, 3.7), "fp16": (0.4, 1.1), "int8": (0.03, 0.2)},
+}
 
 
-def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length: int) -> float:
-    """Picojoules of arithmetic for one token of inference at 7 nm. Memory traffic is NOT in it.
+def energy_per_token(
+    c: TransformerConfig, precision: Precision, sequence_length: int, node: str = "7nm"
+) -> float:
+    """Picojoules of arithmetic for one token of inference, by process. Memory traffic is NOT in it.
 
     A dense product of a row of n by an n x p matrix adds (n-1)p times and multiplies np times.
     With codes of -1, 0 and 1 nothing but the scales is multiplied, in 16 bits, n + p times where
@@ -115,8 +121,9 @@ def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length
     the activations are codes (of up to 8 bits), else floats. Attention and head are dense in every
     arm; attention is counted at the sequence's mean causal length.
     """
-    linear = sum(_linear_energy(n, p, precision) for n, p in linear_shapes(c).values())
-    floats = ENERGY_7NM_PJ["fp32" if precision.float_bits == 32 else "fp16"]
+    units = ENERGY_PJ[node]
+    linear = sum(_linear_energy(n, p, precision, units) for n, p in linear_shapes(c).values())
+    floats = units["fp32" if precision.float_bits == 32 else "fp16"]
     keys = (sequence_length + 1) / 2
     scores = _dense_energy(c.head_size, keys, floats)
     values = _dense_energy(keys, c.head_size, floats)
@@ -124,11 +131,11 @@ def energy_per_token(c: TransformerConfig, precision: Precision, sequence_length
     return c.layers * (linear + c.heads * (scores + values)) + head
 
 
-def _linear_energy(n: int, p: int, precision: Precision) -> float:
-    floats = ENERGY_7NM_PJ["fp32" if precision.float_bits == 32 else "fp16"]
+def _linear_energy(n: int, p: int, precision: Precision, units: dict) -> float:
+    floats = units["fp32" if precision.float_bits == 32 else "fp16"]
     if not precision.quantized:
         return _dense_energy(n, p, floats)
-    add, multiply = ENERGY_7NM_PJ["int8"] if precision.activations != "none" else floats
+    add, multiply = units["int8"] if precision.activations != "none" else floats
     q = precision.weight_quantizer
     products = 0 if max(q.high, -q.low) == 1 else n * p
     scalings = n + p if precision.activations != "none" else p

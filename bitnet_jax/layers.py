@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 from bitnet_jax.granularity import initial_step
 from bitnet_jax.hadamard import rotate_hadamard
 from bitnet_jax.matmul import Context, Weights, quantized_dots
+from bitnet_jax.packed_dot import deployed_dots
 from bitnet_jax.precision import Precision
 
 
@@ -31,7 +32,8 @@ class BitLinear(nn.Module):
 
     The kernel [in, out] is a float32 master in every arm; quantization happens on every forward
     pass, inside the scanned body, so that a scale is one layer's and not the stack's. Where the
-    collection `codes` holds the kernel's codes already, it is not quantized again.
+    collection `codes` holds the kernel's codes already, it is not quantized again; where it does
+    and the parameters hold no kernel, the layer is one that is used and not trained.
 
     residual: whether the result is added to the residual stream. Such a layer's inputs are rotated
       where the arm says so, and tensor parallelism would cut its kernel along the inputs.
@@ -47,8 +49,9 @@ class BitLinear(nn.Module):
 
     def setup(self) -> None:
         shape = (self.inputs, self.features)
-        self.kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
-        if self.precision.weight_quantizer.learned:
+        if not self.deployed:
+            self.kernel = self.param("kernel", self.kernel_init, shape, jnp.float32)
+        if self.precision.weight_quantizer.learned and not self.deployed:
             # Not `self.param`, which would draw a key and so change the kernels drawn after it.
             self.step = self.variable("params", "step", self._initial_step)
         if self.norm_epsilon is not None:
@@ -62,6 +65,12 @@ class BitLinear(nn.Module):
         if self.residual and self.precision.rotate:
             x = rotate_hadamard(x).astype(x.dtype)
         return _products([self], x, strength)[0]
+
+    @property
+    def deployed(self) -> bool:
+        """Whether nothing but the kernel's codes is there."""
+        has = self.has_variable
+        return has("codes", "kernel") and not has("params", "kernel")
 
     @property
     def weights(self) -> Weights:
@@ -90,6 +99,9 @@ def bit_linears(
 
 def _products(layers: Sequence[BitLinear], x: Array, strength: Array | None) -> tuple[Array, ...]:
     first = layers[0]
+    if first.deployed:
+        kernels: list = [layer.get_variable("codes", "kernel") for layer in layers]
+        return deployed_dots(x, tuple(kernels), first.precision)
     draws = first.precision.stochastic and first.has_rng("rounding")
     context = Context(strength, first.make_rng("rounding") if draws else None)
     weights = tuple(layer.weights for layer in layers)
@@ -110,7 +122,7 @@ def rotary_angles(length: int, head_size: int, theta: float) -> tuple[np.ndarray
 
 
 def rotate(
-    x: Float[Array, "B T N H"], angles: tuple[np.ndarray, np.ndarray]
+    x: Float[Array, "B T N H"], angles: tuple[np.ndarray | Array, np.ndarray | Array]
 ) -> Float[Array, "B T N H"]:
     """Rotate each head's vector by its position, first half against second, as LLaMA's clients do.
 

@@ -151,7 +151,9 @@ def _forward(x, weights, context, precision, row_parallel):
         _kernel(w, context.strength, key, precision, row_parallel)
         for w, key in zip(weights, w_keys, strict=True)
     )
-    ys = tuple(_product(q, k.operand, precision).astype(precision.compute_dtype) for k in kernels)
+    ys = tuple(
+        code_product(q, k.operand, precision).astype(precision.compute_dtype) for k in kernels
+    )
     return ys, _Residuals(q, mask, jnp.zeros((0,), x.dtype), kernels, context.strength)
 
 
@@ -196,17 +198,26 @@ def _operand(q: Quantized, precision: Precision) -> Quantized:
 # ---- Products ----------------------------------------------------------------------------------
 
 
-def _product(x: Quantized, w: Quantized, precision: Precision) -> Float[Array, "*B F"]:
+def code_product(x: Quantized, w: Quantized, precision: Precision) -> Float[Array, "*B F"]:
     """sum over slices of (codes of x . codes of w) * scale of w; then times the scale of x."""
     slices, size, _ = w.codes.shape
     last = x.codes.ndim - 1
     if slices == 1:
         y = code_dot(x.codes, w.codes[0], precision, ((last,), (0,)))
-        return y * (x.scale * w.scale.reshape((1,) * last + (-1,)))
-    sliced = jnp.moveaxis(x.codes.reshape(*x.codes.shape[:-1], slices, size), -2, 0)
-    y = code_dot(sliced, w.codes, precision, ((last + 1,), (1,)), ((0,), (0,)))
-    w_scale = w.scale.reshape(slices, *(1,) * last, -1)
-    return jnp.sum(y * w_scale, axis=0) * x.scale
+    else:
+        sliced = jnp.moveaxis(x.codes.reshape(*x.codes.shape[:-1], slices, size), -2, 0)
+        y = code_dot(sliced, w.codes, precision, ((last + 1,), (1,)), ((0,), (0,)))
+    return scaled(y, x.scale, w.scale)
+
+
+def scaled(
+    y: Float[Array, "..."], x_scale: Float[Array, "*B 1"], w_scale: Float[Array, "I 1 _"]
+) -> Float[Array, "*B F"]:
+    """Products of codes times their scales. y: [*B, F], or of several slices [I, *B, F]."""
+    slices, last = len(w_scale), x_scale.ndim - 1
+    if slices == 1:
+        return y * (x_scale * w_scale.reshape((1,) * last + (-1,)))
+    return jnp.sum(y * w_scale.reshape(slices, *(1,) * last, -1), axis=0) * x_scale
 
 
 def code_dot(

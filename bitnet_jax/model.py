@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from bitnet_jax.attention import causal_attention
+from bitnet_jax.attention import Cache, causal_attention, continued_attention
 from bitnet_jax.initializers import INITIALIZERS, RESIDUAL_PROJECTIONS
 from bitnet_jax.layers import BitLinear, RMSNorm, bit_linears, rotary_angles, rotate
 from bitnet_jax.matmul import DEPLOYED, Context, plain_dot
@@ -87,12 +87,26 @@ class Attention(nn.Module):
         q, k, v = (
             y.reshape(batch, length, -1, c.head_size) for y in bit_linears(layers, x, strength)
         )
-        angles = rotary_angles(length, c.head_size, c.rope_theta)
-        q, k = rotate(q, angles), rotate(k, angles)
-        y = causal_attention(q, k, v, c.attention).reshape(batch, length, c.width)
+        if self.has_variable("cache", "past"):
+            y = self._continued(q, k, v)
+        else:
+            angles = rotary_angles(length, c.head_size, c.rope_theta)
+            y = causal_attention(rotate(q, angles), rotate(k, angles), v, c.attention)
+        y = y.reshape(batch, length, c.width)
         if c.norms == "sub":
             y = RMSNorm(c.norm_epsilon, name="sub_norm")(y)
         return linear(c, self.precision, "out", c.width, c.width)(y, strength)
+
+    def _continued(self, q: Array, k: Array, v: Array) -> Array:
+        """After what the cache holds, which these keys and values join."""
+        past: Cache = self.get_variable("cache", "past")
+        tables = rotary_angles(past.keys.shape[2], self.config.head_size, self.config.rope_theta)
+        cos, sin = (
+            jax.lax.dynamic_slice_in_dim(jnp.asarray(a), past.length, q.shape[1]) for a in tables
+        )
+        y, now = continued_attention(rotate(q, (cos, sin)), rotate(k, (cos, sin)), v, past)
+        self.put_variable("cache", "past", now)
+        return y
 
 
 class Mlp(nn.Module):

@@ -114,6 +114,23 @@ def get_precision(name: str, carrier: str = "auto", **changes: Any) -> Precision
     return arm
 
 
+def without_activation_quantization(arm: Precision) -> Precision:
+    """The arm with its inputs as they are: no last bit of one that flips a code.
+
+    For holding two engines against each other, which round floats in orders of their own. Weights
+    stay as they are quantized.
+    """
+    if arm.activations == "none":
+        return arm
+    said = [word for word in arm.name.split("+") if not word.startswith("activation")]
+    return dataclasses.replace(
+        arm,
+        name="+".join([*said, "activations=none"]),
+        activations="none",
+        activation_estimator="identity",
+    )
+
+
 def _check(arm: Precision) -> None:
     """Refuse what an arm cannot be."""
     if arm.activation_quantizer.learned:

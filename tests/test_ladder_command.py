@@ -81,6 +81,22 @@ def test_command(capsys):
     assert "microjoules" in out
 
 
+def test_the_process_is_a_choice_and_stands_beside_the_numbers(capsys):
+    """45 nm in place of 7: other energies, the same bits; a ratio, and what it is made of."""
+    assert main(["--node=45nm", "--vocab_size=1000", "--sequence_length=128"]) == 0
+    out = capsys.readouterr().out
+    old, new = costs(1000, 128, "45nm"), costs(1000, 128)
+    assert (old["energy_pj_per_token"] > new["energy_pj_per_token"]).all()
+    assert (old["model_bits"] == new["model_bits"]).all()
+    lines = {line.split()[1]: line for line in out.splitlines() if "│" in line}
+    energies = [row_of(old, "7b", arm)["energy_pj_per_token"] for arm in ("fp16", "ternary")]
+    assert lines["7b"].split()[-2] == f"{energies[0] / energies[1]:.1f}"
+    assert "at 45nm, picojoules: fp32 0.9 / 3.7; fp16 0.4 / 1.1; int8 0.03 / 0.2" in out
+    with pytest.raises(SystemExit) as caught:
+        main(["--node=3nm"])
+    assert caught.value.code == 2 and "7nm" in capsys.readouterr().err
+
+
 def test_csv_is_the_table(tmp_path, table, capsys):
     path = tmp_path / "ladder.csv"
     assert main([f"--csv={path}", "--vocab_size=1000", "--sequence_length=128"]) == 0

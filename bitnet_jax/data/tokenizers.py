@@ -41,6 +41,10 @@ class Tokenizer(Protocol):
         """The ids of each document, without an end-of-text token."""
         ...
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of any ids; where their bytes are no UTF-8, replacement characters."""
+        ...
+
 
 def open_tokenizer(name: str) -> Tokenizer:
     """The tokenizer `bytes`, or the one of a file.
@@ -68,6 +72,9 @@ class ByteTokenizer:
                     "the tokenizer bytes; remove it"
                 )
         return [np.frombuffer(document.text, np.uint8) for document in documents]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(ids).decode(errors="replace")
 
 
 @contextlib.contextmanager
@@ -126,6 +133,10 @@ class FileTokenizer:
                 )
             result.append(np.concatenate([next(arrays) for _ in group]))
         return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        with _errors_of(f"tokenizer {self.path}: cannot decode"):
+            return str(self._tokenizer.decode(list(ids), skip_special_tokens=False))
 
 
 def _pieces(text: str) -> Iterator[str]:

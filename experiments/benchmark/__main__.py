@@ -13,6 +13,7 @@ Suites:
   sweep    8 runs as one program, and 2 programs at once, against one by one; steps a call; FLOPs
            that branching saves
   data     batches/s of the data pipeline, beside the tokens/s of the smallest model
+  decode   tokens/s of one text in float32, bfloat16 and packed trits, and memory's floor of each
   checkpoint
            seconds that a save takes from training, as a share of the time between two saves
   startup  until the first step: a second run in a process, a new process, a warm compilation cache
@@ -43,6 +44,7 @@ from experiments.benchmark import (
     carriers,
     checkpoint,
     data,
+    decode,
     fit,
     parts,
     peers,
@@ -63,6 +65,7 @@ SUITES: dict[str, Callable[[Workload, step.Say], Result]] = {
     "carriers": carriers.run,
     "sweep": sweep.run,
     "data": data.run,
+    "decode": decode.run,
     "checkpoint": checkpoint.run,
     "startup": startup.run,
     "workers": workers.run,
