@@ -55,6 +55,24 @@ def replacing(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def creating_directory(path: Path) -> Iterator[Path]:
+    """An empty directory beside `path` to write to; once that is done it is renamed to `path`.
+
+    After an exception nothing is left of it. `path` must not exist.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for file in temporary.iterdir():
+            with open(file, "rb") as written:
+                os.fsync(written.fileno())
+        temporary.rename(path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def remove_torn(directory: Path) -> None:
     """Remove what writers that were killed have left in a directory of what they wrote.
 

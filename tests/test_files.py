@@ -16,6 +16,7 @@ from bitnet_jax.files import (
     SCHEMA_VERSION,
     DamagedFile,
     NewerFile,
+    creating_directory,
     digest,
     read_json,
     remove_torn,
@@ -63,6 +64,23 @@ def test_failed_write_leaves_the_old_file_and_nothing_else(tmp_path, bad):
     with pytest.raises((TypeError, ValueError)):
         write_json(path, bad)
     assert read_json(path) == {"old": True} and names(tmp_path) == ["summary.json"]
+
+
+def test_a_directory_is_there_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "made"
+    with creating_directory(path) as temporary:
+        (temporary / "a").write_text("whole")
+        assert not path.exists() and temporary.parent == tmp_path
+    assert names(tmp_path) == ["made"] and (path / "a").read_text() == "whole"
+    with pytest.raises(KeyboardInterrupt), creating_directory(tmp_path / "other") as temporary:
+        (temporary / "a").write_text("half")
+        raise KeyboardInterrupt
+    assert names(tmp_path) == ["made"]
+    with creating_directory(tmp_path / "killed") as temporary:
+        assert names(tmp_path)[0] == temporary.name
+        remove_torn(tmp_path)  # what a process that was killed would have left
+        assert names(tmp_path) == ["made"]
+        temporary.mkdir()
 
 
 def test_nothing_is_seen_before_the_file_is_whole(tmp_path, monkeypatch):

@@ -16,6 +16,7 @@ from experiments.run import main
 RECIPES = {
     "bitnet_b158": ("ternary_absmean", "int8_absmax", "inside", "silu", True, "two_stage"),
     "bitnet_2b4t": ("ternary_absmean", "int8_absmax", "sub", "relu2", True, "two_stage"),
+    "bitnet_1bitllm": ("ternary_absmean", "int8_absmax", "sub", "silu", True, "two_stage"),
     "bitnet_b1": ("binary", "int8_absmax", "inside", "gelu", False, "wsd"),
     "trilm": ("ternary_absmean_trilm", "none", "pre", "silu", True, "trilm"),
     "bitnet_a48": ("ternary_absmean", "int8_absmax", "sub", "relu2", True, "two_stage"),

@@ -29,9 +29,16 @@ def bitnet_b158() -> Overrides:
 
 
 def bitnet_2b4t() -> Overrides:
-    """BitNet b1.58 2B4T (arXiv:2504.12285): sub-norms and a squared ReLU gate."""
+    """BitNet b1.58 2B4T (arXiv:2504.12285): sub-norms and a squared ReLU gate. The block that
+    bitnet.cpp has built in, and transformers as `bitnet`."""
     two_stage = {**_TWO_STAGE, "model.norms": "sub", "model.activation": "relu2"}
     return {**two_stage, "precision": "ternary"}
+
+
+def bitnet_1bitllm() -> Overrides:
+    """The reproduction of BitNet b1.58 by 1bitLLM (huggingface.co/1bitLLM/bitnet_b1_58-3B, 2024):
+    sub-norms, as in 2B4T, and a SiLU gate. The block that llama.cpp has built in as `bitnet`."""
+    return {**bitnet_2b4t(), "model.activation": "silu"}
 
 
 def bitnet_b1() -> Overrides:
@@ -91,7 +98,16 @@ _BLOG: Overrides = {
 
 PRESETS: dict[str, Callable[[], Overrides]] = {
     f.__name__: f
-    for f in (bitnet_b158, bitnet_2b4t, bitnet_b1, trilm, bitnet_a48, blog_bitnet15, blog_llama)
+    for f in (
+        bitnet_b158,
+        bitnet_2b4t,
+        bitnet_1bitllm,
+        bitnet_b1,
+        trilm,
+        bitnet_a48,
+        blog_bitnet15,
+        blog_llama,
+    )
 }
 
 

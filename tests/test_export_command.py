@@ -1,0 +1,208 @@
+"""The export command: what it writes, prints and refuses, and that nothing half done stays."""
+
+import contextlib
+import io
+import json
+import re
+import shutil
+
+import numpy as np
+import pytest
+
+from bitnet_jax.configs.resolve import loop_options, resolve
+from bitnet_jax.data import validation_rows
+from bitnet_jax.export import blocks, gguf, hf
+from bitnet_jax.export.model import linears
+from bitnet_jax.export.verify import evaluate
+from bitnet_jax.train import train_and_evaluate
+from experiments import export
+from experiments.export import main
+from experiments.runs import load_run
+
+pytest.importorskip("safetensors")
+pytest.importorskip("gguf")
+
+
+@pytest.fixture(scope="module")
+def directory(tiny_config, tiny_corpus, tmp_path_factory):
+    """The tiny run with trits and the block that llama.cpp has, trained."""
+    path = tmp_path_factory.mktemp("run")
+    config = tiny_config({"precision": "ternary", "model.activation": "silu"})
+    spec = resolve(config, tiny_corpus)
+    train_and_evaluate(spec, tiny_corpus, path, loop_options(config), config.to_dict())
+    return path
+
+
+@pytest.fixture
+def alone(monkeypatch):
+    """No client is installed, which takes seconds to load."""
+    for module in (hf, gguf):
+        monkeypatch.setattr(module, "installed", lambda name: False)
+
+
+def run(*arguments):
+    """(exit status, stdout, stderr) of the command."""
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        status = main([str(a) for a in arguments])
+    return status, out.getvalue(), err.getvalue()
+
+
+def refused(*arguments):
+    status, out, err = run(*arguments)
+    assert status == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1
+    return err
+
+
+def test_hf(directory, tmp_path, alone):
+    out = tmp_path / "new" / "model"
+    status, text, err = run(f"--run={directory}", "--format=hf", f"--out={out}")
+    assert (status, err) == (0, "")
+    assert {p.name for p in out.iterdir()} == {
+        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json", "README.md",
+    }  # fmt: skip
+    assert [p.name for p in out.parent.iterdir()] == ["model"], "nothing else is left beside it"
+    assert "clients that compute this model: transformers, llama.cpp" in text
+    assert "different 0" in text and "not compared" in text
+    model = load_run(directory).trained_model()
+    stored = hf.read(model, out)
+    for linear in linears(model):
+        found = stored.matrices[linear.block, linear.name]
+        np.testing.assert_array_equal(found.numbers, linear.codes)
+        assert found.scale == linear.scale.item()
+    assert (out / "model.safetensors").stat().st_mode == (out / "config.json").stat().st_mode
+
+
+def test_gguf_as_json(directory, tmp_path, alone):
+    out = tmp_path / "model.gguf"
+    status, text, _ = run(
+        f"--run={directory}", "--format=gguf", "--type=F16", f"--out={out}", "--json"
+    )
+    document = json.loads(text)
+    assert status == 0 and document["type"] == "F16" and document["embedding"] == "F32"
+    assert document["bytes"] == out.stat().st_size and document["format"] == "gguf"
+    assert document["run_id"] == load_run(directory).spec.run_id
+    assert document["packages"]["gguf"]
+    first = document["checks"][0]
+    codes = sum(m.codes.size for m in linears(load_run(directory).trained_model()))
+    assert first == {
+        "what": "codes", "found": {"different": 0, "of": codes}, "allowed": {"different": 0},
+        "holds": True, "note": "",
+    }  # fmt: skip
+    assert [p.name for p in tmp_path.iterdir()] == ["model.gguf"]
+
+
+@pytest.mark.parametrize("form,module", [("hf", hf), ("gguf", gguf)])
+def test_a_wrong_file_is_removed(directory, tmp_path, alone, monkeypatch, form, module):
+    """A mistake in the writer: the last row of a block becomes its first."""
+    read = module.read
+
+    def wrong(*arguments):
+        stored = read(*arguments)
+        key = (0, "mlp/up")
+        matrix = stored.matrices[key]
+        stored.matrices[key] = matrix._replace(numbers=np.roll(matrix.numbers, 1, axis=0))
+        return stored
+
+    monkeypatch.setattr(module, "read", wrong)
+    out, reference = tmp_path / "model", tmp_path / "reference.npz"
+    options = ["--type=F32"] if form == "gguf" else []
+    status, text, err = run(
+        f"--run={directory}", f"--format={form}", f"--out={out}", f"--reference={reference}",
+        *options,
+    )  # fmt: skip
+    assert status == 1 and "WRONG" in text and err.count("\n") == 1 and str(out) in err
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_wrong_encoder_is_found(directory, tmp_path, alone, monkeypatch):
+    packed = blocks.pack_rows
+    monkeypatch.setattr(blocks, "pack_rows", lambda codes: packed(-codes))
+    assert run(f"--run={directory}", "--format=hf", f"--out={tmp_path / 'model'}")[0] == 1
+
+
+def test_an_interrupted_export_leaves_nothing(directory, tmp_path, monkeypatch):
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(export.FORMATS, "hf", export.FORMATS["hf"]._replace(verify=interrupted))
+    status, _, err = run(f"--run={directory}", "--format=hf", f"--out={tmp_path / 'model'}")
+    assert status == 130 and "nothing is written" in err and not list(tmp_path.iterdir())
+
+
+def test_the_reference_is_held_out_text_and_the_runs_logits(directory, tmp_path, alone):
+    reference = tmp_path / "reference.npz"
+    status, _, _ = run(
+        f"--run={directory}", "--format=hf", f"--out={tmp_path / 'model'}",
+        f"--reference={reference}",
+    )  # fmt: skip
+    assert status == 0
+    found = np.load(reference)
+    finished = load_run(directory)
+    rows = np.asarray(validation_rows(finished.corpus.valid, 16, 29 * 16))
+    np.testing.assert_array_equal(found["tokens"], rows[:, :-1])
+    assert found["tokens"].dtype == np.int32 and found["logits"].dtype == np.float32
+    assert found["logits"].shape == (29, 16, 256)
+    model = finished.trained_model()
+    np.testing.assert_array_equal(found["logits"], evaluate(model, found["tokens"]))
+    plain = found["logits_activations_not_quantized"]
+    np.testing.assert_array_equal(plain, evaluate(model, found["tokens"], quantized=False))
+    assert np.abs(plain - found["logits"]).max() > 1e-3
+    # The logits are of a model that has learned: the loss of text that it has not seen.
+    shifted = found["logits"] - found["logits"].max(-1, keepdims=True)
+    logp = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    assert -np.take_along_axis(logp, rows[:, 1:, None].astype(int), -1).mean() < np.log(256) - 1
+
+
+@pytest.mark.parametrize(
+    "arguments,words",
+    [
+        (["--format=onnx", "--out={new}"], "format='onnx' is unknown; choose from hf, gguf"),
+        (["--format=hf", "--out={here}"], "it exists; remove it or name another"),
+        (["--format=hf", "--out={new}", "--reference={here}"], "reference=.*it exists"),
+        (["--format=hf", "--out={new}", "--type=F16"], "type='F16': it goes with --format=gguf"),
+        (["--format=gguf", "--out={new}", "--scale=divides"], "it goes with --format=hf"),
+        (["--format=gguf", "--out={new}", "--type=Q4_0"], "type='Q4_0' is unknown; .*TQ2_0, TQ1"),
+        (["--format=hf", "--out={new}", "--weights=2bit"], "choose from packed, master"),
+        (["--format=gguf", "--out={new}"], "model.width=16: .*256.*--type=F16"),
+        (["--format=gguf", "--out={new}", "--type=I2_S"], "activation='silu': bitnet.cpp"),
+        (["--format=hf"], "required: --out"),
+        (["--format=hf", "--out={new}", "--fast"], "unrecognized arguments: --fast"),
+    ],
+)
+def test_refusals(directory, tmp_path, arguments, words):
+    here, new = tmp_path / "here", tmp_path / "new"
+    here.mkdir()
+    filled = [a.format(here=here, new=new) for a in arguments]
+    assert re.search(words, refused(f"--run={directory}", *filled))
+    assert [p.name for p in tmp_path.iterdir()] == ["here"] and not list(here.iterdir())
+
+
+def test_not_a_run(tmp_path):
+    assert "no config.json" in refused(f"--run={tmp_path}", "--format=hf", f"--out={tmp_path}/x")
+
+
+def test_an_unfinished_run(directory, tmp_path):
+    broken = tmp_path / "run"
+    shutil.copytree(directory, broken)
+    shutil.rmtree(broken / "model")
+    assert str(broken) in refused(f"--run={broken}", "--format=hf", f"--out={tmp_path / 'x'}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["hf", "gguf"])
+def test_with_the_client(directory, tmp_path, form):
+    """All of it, as a person runs it, on a trained model."""
+    needs = {"hf": ("torch", "transformers", "accelerate"), "gguf": ("llama_cpp",)}
+    for name in needs[form]:
+        pytest.importorskip(name, reason=f"{name} is not installed")
+    options = ["--type=F32"] if form == "gguf" else []
+    status, text, err = run(
+        f"--run={directory}", f"--format={form}", f"--out={tmp_path / 'model'}", "--json", *options
+    )
+    assert (status, err) == (0, "")
+    checks = json.loads(text)["checks"]
+    logits = [check for check in checks if check["what"].startswith("logits in")]
+    assert len(logits) == (2 if form == "hf" else 1) and all(check["holds"] for check in logits)
+    assert logits[0]["found"]["largest"] < 2e-5
