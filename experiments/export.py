@@ -2,8 +2,10 @@
 
     python -m experiments.export --run=results/single/runs/RUN_ID --format=hf --out=model
     python -m experiments.export --run=results/single/runs/RUN_ID --format=gguf --out=model.gguf
+    python -m experiments.export --run=results/single/runs/RUN_ID --format=packed --out=model.packed
 
-`hf` is a directory that Hugging Face transformers loads, `gguf` a file for llama.cpp or bitnet.cpp.
+`hf` is a directory that Hugging Face transformers loads, `gguf` a file for llama.cpp or bitnet.cpp,
+`packed` one for experiments.generate.
 What was written is read back and compared with the run before it gets its name: codes, scales, all
 else, and the client's logits where the client is installed. A model that the client would compute
 otherwise is refused.
@@ -11,6 +13,8 @@ otherwise is refused.
 Options of hf: --weights=packed|master  --scale=multiplies|divides (bitnet_jax/export/hf.py)
 Options of gguf: --type=TQ2_0|TQ1_0|F16|F32|I2_S  --embedding=F32|F16|Q8_0
 (bitnet_jax/export/gguf.py; I2_S is bitnet.cpp's)
+Options of packed: --packing=base3|2bit  --floats=float32|bfloat16|float16
+(bitnet_jax/export/packed.py)
 --reference=FILE.npz also writes held-out tokens [B, T] and the run's own logits [B, T, V], computed
 in float32, for others to check against; where activations are quantized, those without, too.
 --json prints the comparison as JSON.
@@ -34,7 +38,7 @@ from rich.table import Table
 
 from bitnet_jax.data import DataError, validation_rows
 from bitnet_jax.errors import ConfigError, choose, one_line
-from bitnet_jax.export import gguf, hf
+from bitnet_jax.export import gguf, hf, packed
 from bitnet_jax.export.clients import able
 from bitnet_jax.export.model import TrainedModel
 from bitnet_jax.export.verify import Check, evaluate
@@ -62,9 +66,26 @@ class Format(NamedTuple):
     verify: Callable[[TrainedModel, Path, Any, np.ndarray], Iterator[Check]]
 
 
+def _write_packed(model: TrainedModel, path: Path, layout: packed.Layout) -> None:
+    packed.write(model, path, *layout)
+
+
+def _verify_packed(
+    model: TrainedModel, path: Path, layout: packed.Layout, rows: np.ndarray
+) -> Iterator[Check]:
+    facts = packed.verify(model, path)
+    allowed = {"of the deviation": 0.0} if facts["exact"] else {}
+    found = {"of the deviation": facts["logit_difference"]}
+    yield Check("codes, scales and the rest: equal", {}, {}, True)
+    yield Check("logits", found, allowed, True, "" if facts["exact"] else "16-bit floats: rounded")
+    sizes = {name: facts[name] for name in ("weights", "bits_a_weight", "entropy")}
+    yield Check("size", sizes, {}, None)
+
+
 FORMATS = {
     "hf": Format(hf.Layout, hf.OPTIONS, creating_directory, hf.write, hf.verify),
     "gguf": Format(gguf.Layout, gguf.OPTIONS, replacing, gguf.write, gguf.verify),
+    "packed": Format(packed.Layout, packed.OPTIONS, replacing, _write_packed, _verify_packed),
 }
 
 
@@ -136,7 +157,9 @@ def _export(options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
                 raise Mismatch
         if options.reference:
             _write_reference(options.reference, model, rows)
-    except Mismatch:
+    except (Mismatch, packed.Different) as error:
+        if str(error):
+            print(f"error: {one_line(error)}", file=sys.stderr)
         failed = True
     return _document(options, layout, model, checks), failed
 

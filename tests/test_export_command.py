@@ -11,7 +11,7 @@ import pytest
 
 from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data import validation_rows
-from bitnet_jax.export import blocks, gguf, hf
+from bitnet_jax.export import blocks, gguf, hf, packed
 from bitnet_jax.export.model import linears
 from bitnet_jax.export.verify import evaluate
 from bitnet_jax.train import train_and_evaluate
@@ -206,3 +206,32 @@ def test_with_the_client(directory, tmp_path, form):
     logits = [check for check in checks if check["what"].startswith("logits in")]
     assert len(logits) == (2 if form == "hf" else 1) and all(check["holds"] for check in logits)
     assert logits[0]["found"]["largest"] < 2e-5
+
+
+def test_packed(directory, tmp_path):
+    """What experiments.generate reads gives the run's codes; without the clients' packages."""
+    out = tmp_path / "model.packed"
+    arguments = f"--run={directory}", "--format=packed", f"--out={out}"
+    status, text, err = run(*arguments, "--json")
+    assert (status, err) == (0, "")
+    document = json.loads(text)
+    model = load_run(directory).trained_model()
+    weights = sum(linear.codes.size for linear in linears(model))
+    found = {check["what"]: check["found"] for check in document["checks"]}
+    assert found["size"]["weights"] == weights and found["logits"] == {"of the deviation": 0.0}
+    assert document["bytes"] == out.stat().st_size
+    assert packed.read(out).packing == "base3"
+    status, text, _ = run(*arguments[:2], f"--out={tmp_path / 'two'}", "--packing=2bit")
+    assert status == 0 and packed.read(tmp_path / "two").packing == "2bit" and "ok" in text
+    assert "it goes with --format=packed" in refused(
+        f"--run={directory}", "--format=hf", f"--out={tmp_path / 'x'}", "--packing=2bit"
+    )
+
+
+def test_a_wrong_packed_file_is_removed(directory, tmp_path, monkeypatch):
+    right = packed.to_bytes
+    monkeypatch.setattr(packed, "to_bytes", lambda codes, *rest: right(-codes, *rest))
+    out = tmp_path / "model.packed"
+    status, text, err = run(f"--run={directory}", "--format=packed", f"--out={out}")
+    assert status == 1 and "the codes of" in err and "was removed" in err
+    assert list(tmp_path.iterdir()) == []

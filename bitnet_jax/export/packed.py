@@ -36,9 +36,21 @@ from bitnet_jax.quantize import QUANTIZERS, TOKEN_QUANTIZERS, Quantized
 VERSION = 1
 ENTRY = "bitnet_jax_packed"  # of the metadata
 FLOATS = {"float32": np.float32, "bfloat16": jnp.bfloat16, "float16": np.float16}
+OPTIONS = {"packing": tuple(PACKINGS), "floats": tuple(FLOATS)}
 LARGEST = 2**24  # of any number of a shape
 CHECKED_TOKENS = 128  # a row, of two
 DTYPES = {str(jnp.dtype(d)): d for d in (jnp.bfloat16, jnp.float16, jnp.float32)}
+
+
+class Different(ConfigError):
+    """A file does not hold the model that it was written from."""
+
+
+class Layout(NamedTuple):
+    """How a file holds a model; the arguments of `write`, whose choices are `OPTIONS`."""
+
+    packing: str | None = None
+    floats: str = "float32"
 
 
 class Sizes(NamedTuple):
@@ -413,7 +425,8 @@ def verify(model: TrainedModel, path: Path) -> dict[str, Any]:
       logits, as a share of their standard deviation.
 
     Raises:
-      ConfigError: it cannot be read, or what is in it is not the model; it says what differs first.
+      Different: what is in it is not the model; it says what differs first.
+      ConfigError: it cannot be read.
     """
     found = read(path)
     own = deploy(model.params, model.precision)
@@ -450,6 +463,6 @@ def verify(model: TrainedModel, path: Path) -> dict[str, Any]:
 
 def _require_equal(path: Path, what: str, mine: np.ndarray, other: np.ndarray) -> None:
     if mine.shape != other.shape or mine.dtype != other.dtype:
-        raise ConfigError(f"{path}: {what}: {other.dtype}{list(other.shape)}, not {mine.dtype}")
+        raise Different(f"{path}: {what}: {other.dtype}{list(other.shape)}, not {mine.dtype}")
     if not np.array_equal(_as_bytes(mine), _as_bytes(other)):
-        raise ConfigError(f"{path}: the {what} are not those of the run")
+        raise Different(f"{path}: the {what} are not those of the run")
