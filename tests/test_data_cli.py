@@ -1,5 +1,6 @@
 """The command: exit status 0, or 2 with one line that says what is wrong."""
 
+import logging
 import subprocess
 import sys
 
@@ -36,6 +37,15 @@ def test_same_again_says_so(tmp_path, text, capsys):
     assert "already prepared" in capsys.readouterr().err
     assert main([*arguments, "--seed=1"]) == 2
     assert "has other content" in capsys.readouterr().err
+
+
+def test_the_logging_of_the_process_is_left_as_it_was(tmp_path, text):
+    """A handler left behind writes to a stderr that may be closed by the time others log."""
+    loggers = [logging.getLogger(), logging.getLogger("bitnet_jax")]
+    before = [(each.level, each.propagate, list(each.handlers)) for each in loggers]
+    assert main(prepare_arguments(text, tmp_path / "out")) == 0
+    assert main(prepare_arguments(text, tmp_path / "out", "--seed=1")) == 2
+    assert [(each.level, each.propagate, list(each.handlers)) for each in loggers] == before
 
 
 def test_explicit_validation_text(tmp_path, text):

