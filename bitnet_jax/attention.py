@@ -89,7 +89,7 @@ def _attend(
     return _attend_forward(q, k, v)[0]
 
 
-def _blocks(length: int) -> Iterator[tuple[int, int]]:
+def query_blocks(length: int) -> Iterator[tuple[int, int]]:
     """(start, end) of each block of queries."""
     size = max(BLOCK, -(-length // MAX_BLOCKS))
     for start in range(0, length, size):
@@ -112,7 +112,7 @@ def _forward_block(q, k, v, start, end):
 
 
 def _attend_forward(q, k, v):
-    blocks = [_forward_block(q, k, v, *block) for block in _blocks(q.shape[3])]
+    blocks = [_forward_block(q, k, v, *block) for block in query_blocks(q.shape[3])]
     y = jnp.concatenate([y for y, _ in blocks], axis=3)
     residuals = mark((q, k, v, tuple(weights for _, weights in blocks), y), "attention")
     return residuals[-1], residuals
@@ -124,7 +124,7 @@ def _attend_backward(residuals, g):
     inner = jnp.sum(g.astype(jnp.float32) * y.astype(jnp.float32), axis=-1, keepdims=True)
     length, dq = q.shape[3], []
     dk = dv = jnp.zeros((*k.shape[:2], k.shape[3], length), jnp.float32)  # heads before keys
-    for weights, (start, end) in zip(all_weights, _blocks(length), strict=True):
+    for weights, (start, end) in zip(all_weights, query_blocks(length), strict=True):
         rows = _rows(g, start, end)
         d_weights = _product(rows, v[:, :, :end], 3, 3) - _rows(inner, start, end)
         d_scores = (weights.astype(jnp.float32) * d_weights).astype(q.dtype)

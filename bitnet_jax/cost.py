@@ -86,12 +86,12 @@ def model_bits(c: TransformerConfig, precision: Precision) -> float:
     the fp32 arm).
     """
     n = count_parameters(c)
-    scales = 16 * c.layers * sum(_scales(c, precision)) if precision.quantized else 0
+    of_scales = 16 * c.layers * sum(scales(c, precision)) if precision.quantized else 0
     rest = (n.embedding + n.norms) * precision.float_bits
-    return n.quantized * precision.weight_bits + rest + scales
+    return n.quantized * precision.weight_bits + rest + of_scales
 
 
-def _scales(c: TransformerConfig, precision: Precision) -> list[int]:
+def scales(c: TransformerConfig, precision: Precision) -> list[int]:
     """How many scales each linear layer of a block has."""
     kind, size = precision.granularity.kind, precision.granularity.size
     return [
@@ -144,22 +144,3 @@ def _linear_energy(n: int, p: int, precision: Precision, units: dict) -> float:
 
 def _dense_energy(n: float, p: float, unit: tuple[float, float]) -> float:
     return unit[0] * (n - 1) * p + unit[1] * n * p
-
-
-def training_memory(
-    c: TransformerConfig, precision: Precision, batch_tokens: int, sequence_length: int
-) -> int:
-    """Estimated peak bytes of one training step on one device; an estimate, good to about 2x.
-
-    Float32 master, gradient and two Adam moments (and the copy kept while a branch decays); saved
-    activations of every layer, or of one layer and the residual stream under remat; logits thrice.
-    """
-    copies = 4 + 3
-    compute_bytes = precision.float_bits // 8
-    streams = 6 * c.width * 4 + 2 * c.ff_width * 4
-    products = (4 * c.width + 3 * c.ff_width) * compute_bytes
-    attention = c.heads * sequence_length * (4 + compute_bytes)
-    layer = streams + products + attention
-    saved = layer + c.layers * c.width * 4 if c.remat else c.layers * layer
-    logits = 3 * 4 * c.vocab_size
-    return copies * 4 * count_parameters(c).total + batch_tokens * (saved + logits)

@@ -13,6 +13,7 @@ from rich.table import Table
 
 from bitnet_jax import cost
 from bitnet_jax.train import Report
+from experiments import device_memory
 from experiments.plan import Plan, PlannedRun
 
 
@@ -50,6 +51,7 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
     table.add_column("state")
     for run in plan.runs:
         spec = run.spec
+        memory = device_memory.needed(run, plan.corpus.train.nbytes)
         parameters = cost.count_parameters(spec.step.model)
         table.add_row(
             spec.size,
@@ -61,11 +63,12 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
             count(parameters.non_embedding),
             ", ".join(count(end * spec.batch_tokens) for end in spec.ends),
             count(spec.total_flops),
-            f"{run_memory(run) / 1e9:.2f} GB",
+            f"{memory / 1e9:.2f} GB",
             duration(spec.total_flops / flops_per_s),
             run.state,
         )
     screen.print(table)
+    device_memory.show(screen, plan)
     todo = sum(run.spec.total_flops for run in plan.runs if not run.finished)
     total = sum(run.spec.total_flops for run in plan.runs)
     screen.print(
@@ -80,15 +83,6 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
             "FLOPs that a run for each endpoint would cost"
         )
     screen.print(f"results would go to {plan.directory}", soft_wrap=True)
-
-
-def run_memory(run: PlannedRun) -> int:
-    """Estimated peak bytes of a run's step; one microbatch is in flight at a time."""
-    spec = run.spec
-    tokens = spec.batch_tokens // max(spec.step.microbatches, run.microbatches)
-    return cost.training_memory(
-        spec.step.model, spec.step.precision, tokens, spec.data.sequence_length
-    )
 
 
 class SweepDisplay:

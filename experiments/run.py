@@ -32,7 +32,6 @@ failed; 2, 130 and 143 as above.
 
 import contextlib
 import logging
-import os
 import shlex
 import shutil
 import signal
@@ -44,7 +43,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import jax
 from absl import logging as absl_logging
 from absl.flags import FlagValues
 from rich.console import Console
@@ -55,7 +53,7 @@ from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
-from experiments import cluster, command_line, display, report_kept
+from experiments import cluster, command_line, device_memory, display, report_kept
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
 from experiments.launch import slurm
@@ -117,6 +115,7 @@ def _run(argv: list[str]) -> int:
         return _on_slurm(flags, plan, screen, argv)
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
+        device_memory.check(plan)
         return 0
     _prepare(plan)
     if flags.worker:
@@ -176,7 +175,7 @@ def _reproduce(flags: FlagValues, command: str) -> int:
 
 def _prepare(plan: Plan) -> None:
     """Whatever can be wrong with the machine, before anything trains."""
-    _check_memory(plan)
+    device_memory.check(plan)
     for run in plan.runs:
         if run.state == "damaged":
             summary = run.directory / "summary.json"
@@ -184,25 +183,6 @@ def _prepare(plan: Plan) -> None:
             print(f"warning: {summary}: {what}", file=sys.stderr)
     _make_writable(plan.directory)
     programs.keep_programs(plan.directory.parent / "programs")
-
-
-def _check_memory(plan: Plan) -> None:
-    """Refuse a run that a CPU's memory cannot hold: the system would end the process, not the run.
-
-    The estimate is good to about 2x, so only what takes twice the memory is refused. An
-    accelerator's compiler refuses for itself, and the run is a failed one.
-    """
-    if jax.default_backend() != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for run in plan.runs:
-        need = display.run_memory(run)
-        if not run.finished and need > 2 * memory:
-            raise ConfigError(
-                f"{run.spec.run_id}: a step takes about {need / 1e9:.3g} GB, where this machine "
-                f"has {memory / 1e9:.3g} GB; take a smaller model.size, raise train.microbatches "
-                "or set model.remat"
-            )
 
 
 def _make_writable(directory: Path) -> None:

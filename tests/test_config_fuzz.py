@@ -19,7 +19,7 @@ import pytest
 
 from bitnet_jax.configs import default
 from bitnet_jax.errors import ConfigError, shown
-from experiments import display, estimate, run
+from experiments import device_memory, estimate, run
 from experiments.command_line import _keys
 from experiments.plan import make_plan
 
@@ -200,7 +200,7 @@ def check_sane(plan, workdir):
             set(spec.ends)
         )
         assert 0 < spec.total_flops <= spec.independent_flops < 1e40
-        assert 0 < display.run_memory(planned) < 1e25
+        assert 0 < device_memory.needed(planned) < 1e25
         assert 0 < spec.batch_tokens < 2**31 and spec.peak_lr > 0
         assert spec.segments[-1].end == spec.ends[-1]
         json.dumps(planned.config.to_dict(), allow_nan=False)

@@ -266,17 +266,3 @@ def test_energy_and_bits_order_the_arms(config):
     assert energies == sorted(energies) and bits == sorted(bits)
     assert energies[0] < energies[1] < energies[2]
     assert bits[0] < bits[1] < bits[2]
-
-
-def test_memory_estimate():
-    """Grows with the batch, shrinks under remat, and never lacks weights, gradient and moments."""
-
-    def memory(batch_tokens, arm="ternary", **changes):
-        config = dataclasses.replace(CONFIG, **changes)
-        return cost.training_memory(config, ARMS[arm], batch_tokens, 64)
-
-    assert memory(4096) > memory(1024) > memory(0)
-    assert memory(4096) - memory(1024) == 3 * (memory(1024) - memory(0))
-    assert memory(0) >= 4 * 4 * cost.count_parameters(CONFIG).total
-    assert memory(4096, remat=True, layers=12) < memory(4096, layers=12)
-    assert memory(4096, "fp32") > memory(4096, "fp16")

@@ -83,7 +83,10 @@ def table_of(workdir):
 def test_dry_run_prints_the_plan_and_writes_nothing(single, tmp_path, capsys):
     assert run(*single, f"--workdir={tmp_path / 'w'}", "--dry_run") == 0
     out = capsys.readouterr().out
-    header, row = (line for line in out.splitlines() if "memory" in line or " fp32 " in line)
+    lines = [line for line in out.splitlines() if "memory" in line or " fp32 " in line]
+    header, row, title, needs = lines
+    assert title.startswith("what a run needs of a device's memory, which is ")
+    assert " 26 kB " in needs and " yes " in needs, "6496 parameters of four bytes"
     for column in ("params", "non-emb.", "tokens", "FLOPs", "memory", "time"):
         assert column in header
     # 6496 parameters, 2400 of them not embeddings; 44 steps of 128 tokens.
@@ -97,7 +100,8 @@ def test_dry_run_of_the_sweep(sweep_file, tmp_path, capsys):
     arguments = ("--sweep", f"--config={sweep_file}", f"--workdir={tmp_path / 'w'}", "--dry_run")
     assert run(*arguments) == 0
     out = capsys.readouterr().out
-    assert "tiny: 4 runs" in out and out.count("ternary") == out.count("fp16") == 2
+    runs = out.partition("what a run needs")[0]
+    assert "tiny: 4 runs" in runs and runs.count("ternary") == runs.count("fp16") == 2
     assert not list(tmp_path.iterdir())
 
 

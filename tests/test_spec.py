@@ -25,6 +25,7 @@ SAME = [
     {"launch.dispatch": 4},
     {"launch.resident_bytes": 0},
     {"launch.failures": 9},
+    {"launch.device_memory_gb": 80.0},
     {"slurm.workers": 2, "slurm.minutes": 5, "slurm.partition": "p", "slurm.account": "a"},
     {"slurm.processes": 2, "slurm.nodes": 2, "slurm.gpus": 1, "slurm.cpus": 3},
     {"slurm.memory": "1G", "slurm.mixed_code": True},

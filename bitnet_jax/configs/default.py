@@ -110,6 +110,7 @@ def get_config() -> ConfigDict:
         int
     )  # optimizer steps a call of the compiled program; default: 1 on a CPU, else 16
     c.launch.resident_bytes = 2**30  # token files up to this size are put on the device
+    c.launch.device_memory_gb = 0.0  # 10^9 bytes a device has, to plan for another; 0: ask it
     c.launch.failures = 3  # so often in a row, without getting on: workers give a run up
 
     c.slurm = ConfigDict()  # what --launcher=slurm asks for; the same for all runs of a sweep

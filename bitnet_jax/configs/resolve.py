@@ -112,6 +112,8 @@ def loop_options(config: ConfigDict) -> LoopOptions:
     )
     resident = config.launch.resident_bytes
     require(resident >= 0, "launch.resident_bytes", resident, "it must not be negative")
+    memory = config.launch.device_memory_gb
+    require(memory >= 0, "launch.device_memory_gb", memory, "it must not be negative; 0 asks it")
     dispatch = _launch(config, "dispatch", on_cpu=1, elsewhere=16)
     right = "it must be at most 65536: a call has room for so many steps, taken or not"
     require(dispatch <= 2**16, "launch.dispatch", dispatch, right)
