@@ -162,7 +162,8 @@ def provenance() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with `-dirty` where files differ from it, or `unknown`."""
+    """The commit of this source tree, with `-dirty` where files differ from it; outside of git
+    $BITNET_JAX_COMMIT, which a container's image has, or `unknown`."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -173,7 +174,7 @@ def git_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BITNET_JAX_COMMIT") or "unknown"
 
 
 def _device_name() -> str:

@@ -23,7 +23,7 @@ DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
 Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR  --dry_run
-       --worker  --launcher=slurm [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
+       --worker  --launcher=slurm|k8s [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
 Every key and what it means: {DEFAULT_RUN.relative_to(ROOT)}"""
 
 
@@ -48,7 +48,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool("sweep", False, "run the sweep of the config file", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan, train nothing", flag_values=values)
     flags.DEFINE_bool("worker", False, "train what others do not, then leave", flag_values=values)
-    flags.DEFINE_string("launcher", "local", "who trains: local or slurm", flag_values=values)
+    flags.DEFINE_string("launcher", "local", "who trains: local, slurm or k8s", flag_values=values)
     flags.DEFINE_bool("status", False, "show the launcher's jobs and the runs", flag_values=values)
     flags.DEFINE_bool("cancel", False, "cancel the launcher's jobs", flag_values=values)
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
@@ -72,9 +72,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     """Refuse flags that do not go together. configured: those of the config."""
-    choose("launcher", values.launcher, ("local", "slurm"))
-    of_slurm = [name for name in ("status", "cancel") if values[name].value]
-    of_sweeps = [*(["worker"] if values.worker else []), *of_slurm]
+    choose("launcher", values.launcher, ("local", "slurm", "k8s"))
+    of_jobs = [name for name in ("status", "cancel") if values[name].value]
+    of_sweeps = [*(["worker"] if values.worker else []), *of_jobs]
     if values.launcher != "local":
         of_sweeps.append(f"launcher={values.launcher}")
     if values.reproduce is not None:
@@ -85,11 +85,11 @@ def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     for name in of_sweeps:
         if not values.sweep:
             raise ConfigError(f"--{name}: only a sweep has workers and jobs; give --sweep, too")
-    for name in of_slurm:
-        if values.launcher != "slurm":
-            raise ConfigError(f"--{name}: only jobs have it; give --launcher=slurm, too")
-    one_of = [*of_slurm, *(name for name in ("dry_run", "worker") if values[name].value)]
-    if len(one_of) > 1 and (of_slurm or values.launcher != "local"):
+    for name in of_jobs:
+        if values.launcher == "local":
+            raise ConfigError(f"--{name}: only jobs have it; give --launcher=slurm or k8s, too")
+    one_of = [*of_jobs, *(name for name in ("dry_run", "worker") if values[name].value)]
+    if len(one_of) > 1 and (of_jobs or values.launcher != "local"):
         given = ", ".join(f"--{name}" for name in one_of)
         raise ConfigError(f"{given}: they do not go together; give one of them")
     if values.worker and values.launcher != "local":

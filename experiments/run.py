@@ -16,7 +16,8 @@ times without getting on. The same command without --worker makes the table and 
 
 With --launcher=slurm as well: submits an array of workers to Slurm, as the config's section `slurm`
 says. --dry_run shows the batch script and the plan, --status the sweep's jobs and runs, --cancel
-cancels these jobs.
+cancels these jobs. With --launcher=k8s: the same on Kubernetes, as a JobSet and as the section
+`k8s` says; what --dry_run prints is a file for kubectl (docs/clusters.md).
 
 With --reproduce: trains a finished run afresh, and alone, from its config.json, in `reproduced` of
 the workdir (never where the original lies), compares endpoints, metrics.jsonl and model with it to
@@ -55,10 +56,10 @@ from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
-from experiments import cluster, command_line, display, report_kept
+from experiments import cluster, cluster_k8s, command_line, display, report_kept
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch import slurm
+from experiments.launch import kubectl, slurm
 from experiments.launch.local import StopRequest, alone, train_all, work
 from experiments.plan import Plan, load_points, make_plan
 
@@ -115,6 +116,8 @@ def _run(argv: list[str]) -> int:
     screen = display.console()
     if flags.launcher == "slurm":
         return _on_slurm(flags, plan, screen, argv)
+    if flags.launcher == "k8s":
+        return _on_k8s(flags, plan, screen, argv)
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
@@ -128,7 +131,7 @@ def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -
     """Nothing trains here."""
     wanted, script = cluster.prepared(plan, flags.config, argv)
     if not (wanted.mixed_code or flags.status or flags.cancel):
-        cluster.check_code(plan)
+        cluster.check_code(plan, "slurm")
     if flags.dry_run and shutil.which("sbatch") is None:
         cluster.show_plan(screen, plan, script)
         print("warning: sbatch: not found; whether Slurm takes it is unknown", file=sys.stderr)
@@ -143,6 +146,26 @@ def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -
     else:
         _make_writable(plan.directory)
         cluster.submit(screen, plan, wanted, script)
+    return 0
+
+
+def _on_k8s(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -> int:
+    """Nothing trains here."""
+    path = command_line.config_path(flags)
+    wanted = cluster_k8s.prepared(plan, flags.config, argv, path)
+    if not (wanted.options.mixed_code or flags.status or flags.cancel):
+        cluster.check_code(plan, "k8s")
+    if flags.dry_run:
+        cluster_k8s.show_plan(screen, plan, wanted)
+        return 0
+    kubectl.check_there()
+    if flags.status:
+        cluster_k8s.show_status(screen, plan, wanted)
+    elif flags.cancel:
+        cluster_k8s.cancel(screen, plan, wanted)
+    else:
+        _make_writable(plan.directory)
+        cluster_k8s.submit(screen, plan, wanted)
     return 0
 
 
