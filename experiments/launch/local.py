@@ -108,7 +108,10 @@ def _launch(
     with Leases(plan.directory / "leases") as leases:
         launch = _Launch(plan, display, should_stop, leases, is_worker)
         launch.run()
-        leases.clear(run.spec.run_id for run in plan.runs if run.finished)
+        finished = [run for run in plan.runs if run.finished]
+        leases.clear(run.spec.run_id for run in finished)
+        for run in finished:  # by whomever: who finished it may have been killed before he forgot
+            forget_failures(run.directory)
     return launch
 
 
