@@ -18,7 +18,6 @@ from bitnet_jax.estimators import ESTIMATORS
 from bitnet_jax.granularity import GRANULARITIES, Granularity
 from bitnet_jax.quantize import QUANTIZERS, TOKEN_QUANTIZERS, Quantizer
 
-
 WIRES = ("int8", "packed")
 
 
@@ -93,7 +92,9 @@ PRECISIONS = {
 }
 
 
-def get_precision(name: str, carrier: str = "auto", wire: str = "int8", **changes: Any) -> Precision:
+def get_precision(
+    name: str, carrier: str = "auto", wire: str = "int8", **changes: Any
+) -> Precision:
     """The arm called `name`, with fields changed; None leaves a field as it is.
 
     What is changed becomes part of the name, as in `ternary+weights=ternary_twn`.
@@ -116,7 +117,9 @@ def get_precision(name: str, carrier: str = "auto", wire: str = "int8", **change
     for key in known.keys() & changes.keys():
         choose(f"quantization.{key}", changes[key], known[key])
     said = [f"{key}={_say(value)}" for key, value in changes.items()]
-    arm = dataclasses.replace(base, name="+".join([name, *said]), carrier=carrier, wire=wire, **changes)
+    arm = dataclasses.replace(
+        base, name="+".join([name, *said]), carrier=carrier, wire=wire, **changes
+    )
     _check(arm)
     return arm
 

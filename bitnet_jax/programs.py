@@ -86,11 +86,14 @@ def replicate(tree: Any, runs: int, mesh: MeshShape = ONE_DEVICE) -> Any:
 def compiled_init(config: StepConfig, runs: int) -> Any:
     """Seeds [R] to the states of the runs."""
 
+    def one(seed: Int[Array, ""]) -> TrainState:
+        return sharding.constrain_tree(init_state(config, seed))
+
     def build(local: int) -> Callable:
         take, give, over_runs = _runs_axis(local)
 
         def init(seeds: Int[Array, "R"]) -> TrainState:
-            return give(over_runs(functools.partial(init_state, config))(take(seeds)))
+            return give(over_runs(one)(take(seeds)))
 
         return init
 

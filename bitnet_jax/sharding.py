@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
 
@@ -39,6 +39,9 @@ class MeshShape(NamedTuple):
     @property
     def size(self) -> int:
         return math.prod(self)
+
+    def __str__(self) -> str:
+        return f"mesh data={self.data} tensor={self.tensor}"
 
 
 ONE_DEVICE = MeshShape()
@@ -86,14 +89,14 @@ def over(shape: MeshShape) -> Iterator[None]:
 
 def constrain(x: Array, *axes: str | None) -> Array:
     """x laid out along logical axes of RULES, from its first on; None is not cut."""
-    if not _cut(current()):
+    if not is_cut():
         return x
     return jax.lax.with_sharding_constraint(x, P(*(RULES.get(axis or "") for axis in axes)))
 
 
 def constrain_tree(tree: Any) -> Any:
     """Parameters, gradients or optimizer state, each laid out by its name (`layout`)."""
-    if not _cut(current()):
+    if not is_cut():
         return tree
     return jax.tree_util.tree_map_with_path(
         lambda path, x: jax.lax.with_sharding_constraint(x, layout(path, x.ndim)), tree
@@ -129,37 +132,37 @@ def kernel_axes(projection: str) -> tuple[str, str]:
 
 
 def gathered(kernel: Array, row_parallel: bool) -> Array:
-    """What there is of a kernel [1, D, F] with its FSDP parts together: what a product wants, or,
-    of a gradient, what one gives.
+    """What there is of a kernel [1, D, F] with its FSDP parts together, which a product wants.
 
-    Of 16-bit floats it is the bits that travel: a CPU would send float32.
+    Of 16-bit floats the bits travel, as they lie: a CPU's compiler would send float32.
     row_parallel: whether the `tensor` axis cuts its inputs.
     """
-    if not _cut(current()):
+    if not is_cut():
         return kernel
-    cut = (None, "tensor", None) if row_parallel else (None, None, "tensor")
-    return _laid_out(kernel, P(*cut))
+    constrain = jax.lax.with_sharding_constraint
+    if kernel.dtype not in (jnp.bfloat16, jnp.float16):
+        return constrain(kernel, _whole(row_parallel))
+    bits = constrain(jax.lax.bitcast_convert_type(kernel, jnp.uint16), _parts(row_parallel))
+    bits = jax.lax.optimization_barrier(constrain(bits, _whole(row_parallel)))
+    return jax.lax.bitcast_convert_type(bits, kernel.dtype)
 
 
 def scattered(kernel: Array, row_parallel: bool) -> Array:
     """The same in parts, as the kernel itself lies."""
-    if not _cut(current()):
+    if not is_cut():
         return kernel
-    cut = ("tensor", "data") if row_parallel else ("data", "tensor")
-    return _laid_out(kernel, P(None, *cut))
+    return jax.lax.with_sharding_constraint(kernel, _parts(row_parallel))
 
 
-def _laid_out(x: Array, spec: P) -> Array:
-    if x.dtype not in (jnp.bfloat16, jnp.float16):
-        return jax.lax.with_sharding_constraint(x, spec)
-    bits = jax.lax.bitcast_convert_type(x, jnp.uint16)
-    return jax.lax.bitcast_convert_type(jax.lax.with_sharding_constraint(bits, spec), x.dtype)
+def _whole(row_parallel: bool) -> P:
+    return P(None, *(("tensor", None) if row_parallel else (None, "tensor")))
 
 
-def current() -> AbstractMesh:
-    """The mesh of the program that is being traced."""
-    return jax.sharding.get_abstract_mesh()
+def _parts(row_parallel: bool) -> P:
+    return P(None, *(("tensor", "data") if row_parallel else ("data", "tensor")))
 
 
-def _cut(shape: AbstractMesh) -> bool:
+def is_cut() -> bool:
+    """Whether the program that is being traced is one of a mesh."""
+    shape = jax.sharding.get_abstract_mesh()
     return not shape.empty and "data" in shape.axis_names

@@ -68,7 +68,7 @@ class TrainState(flax.struct.PyTreeNode):
     snapshots: Snapshots | None
 
 
-def init_state(config: StepConfig, seed: int) -> TrainState:
+def init_state(config: StepConfig, seed: int | Int[Array, ""]) -> TrainState:
     """The state before the first step. The same parameters in every arm at the same seed."""
     params = init_params(config.model, config.precision, jax.random.key(seed))
     stored = jax.tree_util.tree_map_with_path(
