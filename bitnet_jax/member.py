@@ -166,7 +166,7 @@ class Member:
         group: the ids of the runs that train with it. The file says with which it was begun, since
         it goes on with them after an interruption: programs of other numbers round otherwise.
         """
-        for key, value in tracking.provenance().items():
+        for key, value in tracking.provenance(self.spec.step.mesh).items():
             known = self.progress.origins.setdefault(key, [])
             if value not in known:
                 known.append(value)

@@ -130,7 +130,7 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     seeds = jax.ShapeDtypeStruct((runs,), jnp.int32)
     init = programs.compiled_init(spec.step, runs)
     init.lower(seeds).compile()
-    state = programs.place(jax.eval_shape(init, seeds), runs)
+    state = programs.place(jax.eval_shape(init, seeds), runs, spec.step.mesh)
     rows = _reader(spec, runs, corpus, options)(np.zeros((runs, slots, spec.batch_size), np.int64))
     rates = np.zeros((runs, slots), np.float32)
     schedule = programs.Schedule(rates, rates, rates[0], np.zeros(slots, bool))
@@ -145,7 +145,7 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
 
 
 def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> RowReader:
-    put = functools.partial(programs.replicate, runs=runs)
+    put = functools.partial(programs.replicate, runs=runs, mesh=spec.step.mesh)
     return RowReader(corpus.train, spec.data.sequence_length, options.resident_bytes, put)
 
 
@@ -184,7 +184,7 @@ class _Loop:
         self.stash: TrainState | None = None
         seeds = np.array([job.spec.seed_init for job in jobs], np.int32)
         init = programs.compiled_init(self.spec.step, self.runs)
-        self.state: TrainState = programs.place(init(seeds), self.runs)
+        self.state: TrainState = self._placed(init(seeds))
         self._restore()
         parts = max(microbatches, *(m.progress.microbatches for m in self.members))
         self.step = dataclasses.replace(self.spec.step, microbatches=parts)
@@ -236,7 +236,10 @@ class _Loop:
             return None
 
     def _stack(self, states: Sequence[TrainState]) -> TrainState:
-        return programs.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), self.runs)
+        return self._placed(jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+
+    def _placed(self, states: TrainState) -> TrainState:
+        return programs.place(states, self.runs, self.spec.step.mesh)
 
     def run(self, watch: Callable[[Report], None]) -> None:
         """Make every remaining tick. Metrics are fetched at log steps, so that no step waits."""
