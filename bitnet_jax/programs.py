@@ -145,7 +145,7 @@ def _steps(config: StepConfig, length: int, local: int) -> Callable:
 
         state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
         metrics = jax.tree.map(lambda m: m.reshape(size, local).T, metrics)
-        return give(state), metrics
+        return give(state), sharding.everywhere(metrics)
 
     return steps
 
@@ -158,7 +158,8 @@ def compiled_eval(config: StepConfig, runs: int) -> Any:
         take, give, over_runs = _runs_axis(local)
 
         def evaluate(params: dict, tokens: Array) -> Array:
-            return give(over_runs(lambda p: eval_step(config, p, tokens))(take(params)))
+            nats = give(over_runs(lambda p: eval_step(config, p, tokens))(take(params)))
+            return sharding.everywhere(nats)
 
         return evaluate
 
@@ -166,7 +167,7 @@ def compiled_eval(config: StepConfig, runs: int) -> Any:
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_observe(precision: Precision, runs: int) -> Any:
+def compiled_observe(precision: Precision, runs: int, mesh: MeshShape = ONE_DEVICE) -> Any:
     """`telemetry.observe` of each run: (snapshots, parameters) to (snapshots, statistics)."""
 
     def build(local: int) -> Callable:
@@ -174,11 +175,12 @@ def compiled_observe(precision: Precision, runs: int) -> Any:
         one = functools.partial(telemetry.observe, precision=precision)
 
         def observe(snapshots: telemetry.Snapshots, params: dict) -> tuple:
-            return give(over_runs(one)(*take((snapshots, params))))
+            snapshots, stats = give(over_runs(one)(*take((snapshots, params))))
+            return snapshots, sharding.everywhere(stats)
 
         return observe
 
-    return _compile(build, runs, (P("runs"), P("runs")), ONE_DEVICE, donate_argnums=0)
+    return _compile(build, runs, (P("runs"), P("runs")), mesh, donate_argnums=0)
 
 
 @jax.jit

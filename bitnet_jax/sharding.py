@@ -47,7 +47,7 @@ class MeshShape(NamedTuple):
 ONE_DEVICE = MeshShape()
 
 
-def check(shape: MeshShape, sizes: dict[str, int], batch: int, available: int) -> None:
+def check(shape: MeshShape, sizes: dict[str, int], batch: int) -> None:
     """Refuse a mesh that does not divide what it cuts.
 
     sizes: of the axes that `tensor` and `data` cut, by config key; kv heads are what attention's
@@ -58,8 +58,6 @@ def check(shape: MeshShape, sizes: dict[str, int], batch: int, available: int) -
     """
     for name, count in zip(shape._fields, shape, strict=True):
         require(count >= 1, f"mesh.{name}", count, "it must be at least 1")
-    right = f"{shape.size} devices, and there are {available}"
-    require(shape.size <= available, "mesh.data", shape.data, right)
     right = f"it must divide the {batch} rows of a microbatch"
     require(batch % shape.data == 0, "mesh.data", shape.data, right)
     for name, keys in (("data", ("width",)), ("tensor", ("kv_heads", "ff_width"))):
@@ -92,6 +90,11 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if not is_cut():
         return x
     return jax.lax.with_sharding_constraint(x, P(*(RULES.get(axis or "") for axis in axes)))
+
+
+def everywhere(tree: Any) -> Any:
+    """Arrays of which every device, and so every process, has all."""
+    return jax.tree.map(constrain, tree)
 
 
 def constrain_tree(tree: Any) -> Any:

@@ -79,6 +79,22 @@ class MetricsLog:
         self._file.close()
 
 
+class NoLog:
+    """What a process has that writes nothing (`hosts.py`), in place of a log."""
+
+    bytes, digest = 0, ""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def cut(self, keep: int) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def log_begins(path: Path, size: int, digest: str | None) -> bool:
     """Whether a file begins with so many bytes of that SHA-256, or of any where none is given."""
     try:

@@ -16,6 +16,7 @@ from bitnet_jax.configs.resolve import resolve
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.sharding import MeshShape
 from experiments.benchmark import wire
+from experiments.run import main
 
 FLAGS = "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
 MESHES = {"8x1": (8, 1), "4x2": (4, 2), "1x2": (1, 2)}
@@ -241,7 +242,6 @@ def test_collectives_of_a_program():
     [
         (MeshShape(0, 1), "mesh.data=0: it must be at least 1"),
         (MeshShape(1, -1), "mesh.tensor=-1: it must be at least 1"),
-        (MeshShape(8, 2), "mesh.data=8: 16 devices, and there are 8"),
         (MeshShape(3, 1), "mesh.data=3: it must divide the 8 rows of a microbatch"),
         (MeshShape(4, 1), "mesh.data=4: it must divide model.width=6"),
         (MeshShape(1, 4), "mesh.tensor=4: it must divide model.kv_heads=2"),
@@ -251,13 +251,23 @@ def test_collectives_of_a_program():
 )
 def test_a_mesh_that_does_not_divide_what_it_cuts(mesh, names):
     with pytest.raises(ConfigError, match="^" + names.replace(".", "[.]")) as error:
-        sharding.check(mesh, {"width": 6, "ff_width": 9, "kv_heads": 2}, 8, 8)
+        sharding.check(mesh, {"width": 6, "ff_width": 9, "kv_heads": 2}, 8)
     assert "\n" not in str(error.value)
 
 
-def test_a_mesh_is_not_part_of_what_a_run_is(tiny_config, tiny_corpus, monkeypatch):
+def test_a_mesh_of_devices_that_are_not_there(tiny_overrides, tmp_path, capsys):
+    """The plan can be shown, for a machine that has them."""
+    few = {**tiny_overrides, "mesh.data": 8}
+    flags = [f"--config.{key}={value}" for key, value in few.items() if key != "name"]
+    assert main(["run", *flags, f"--workdir={tmp_path}", "--dry_run"]) == 0
+    capsys.readouterr()
+    assert main(["run", *flags, f"--workdir={tmp_path}"]) == 2
+    assert capsys.readouterr().err == "error: mesh.data * mesh.tensor=8: there are 1 devices\n"
+    assert not list(tmp_path.glob("single/runs/*"))
+
+
+def test_a_mesh_is_not_part_of_what_a_run_is(tiny_config, tiny_corpus):
     """Neither of its id nor of its name; of its program it is."""
-    monkeypatch.setattr("jax.device_count", lambda: 8)
     plain = resolve(tiny_config({"model.kv_heads": 2}), tiny_corpus)
     cut = resolve(tiny_config({"model.kv_heads": 2, "mesh.data": 4, "mesh.tensor": 2}), tiny_corpus)
     assert plain.run_id == cut.run_id and plain.group != cut.group
