@@ -37,6 +37,7 @@ SAME = [
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},
     {"train.tokens": (2600, 5100)},  # the same whole batches
     {"matmul.carrier": "int8"},  # equal to bfloat16's, bit for bit: test_train
+    {"precision": "fp32", "matmul.wire": "packed"},  # equal to int8's, bit for bit: test_mesh
     {"precision": "fp32", "quantization.granularity": "tensor"},  # what it is without being said
     {"quantization.estimator": "identity", "quantization.rotate": False},
 ]
@@ -159,6 +160,8 @@ def test_every_key_is_accounted_for(tiny_config):
         "data.source",  # by the tokens' hash: test_data_by_content
         "model.heads",  # with a size of its own
         "model.attention",  # of a GPU: test_attention_s_implementation_is_no_part_of_a_run
+        "mesh.data",  # of several devices: test_mesh
+        "mesh.tensor",
     }
     keys = set(flatten(tiny_config().to_dict()))
     assert keys - listed - elsewhere == set()

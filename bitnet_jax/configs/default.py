@@ -50,6 +50,11 @@ def get_config() -> ConfigDict:
 
     c.matmul = ConfigDict()
     c.matmul.carrier = "auto"  # of int8 codes, forward: bfloat16, int8 or the faster; equal results
+    c.matmul.wire = "int8"  # how codes of weights travel between devices: int8, packed (2 bits)
+
+    c.mesh = ConfigDict()  # devices that one run is cut over; results do not depend on it
+    c.mesh.data = 1  # batch, kernels and optimizer state (FSDP)
+    c.mesh.tensor = 1  # heads and feed-forward width
 
     c.data = ConfigDict()
     c.data.source = "wikitext-2"  # wikitext-2, synthetic, or a directory that `prepare` wrote
