@@ -116,7 +116,7 @@ def step_memory(
     kernels, others = _groups(c, arm)
     share = data * tensor
     parts = step.microbatches > 1
-    gradients = FLOAT32 * (_cut(kernels, share) + _cut(others, data))
+    gradients = FLOAT32 * (_cut(kernels, share) + others)
     parameters = parameter_bytes(step, data, tensor)
     optimizer = optimizer_bytes(step, data, tensor)
     saved, carried = _saved_by_block(step, own, tensor), FLOAT32 * own.tokens * c.width
@@ -157,14 +157,14 @@ def parameter_bytes(step: StepConfig, data: int = 1, tensor: int = 1) -> int:
     """Float32 shadow weights: 4 bytes a parameter; 2 of a kernel whose latents are bfloat16."""
     kernels, others = _groups(step.model, step.precision)
     width = FLOAT32 if step.optimizer.latents == "float32" else 2
-    return width * _cut(kernels, data * tensor) + FLOAT32 * _cut(others, data)
+    return width * _cut(kernels, data * tensor) + FLOAT32 * others
 
 
 def optimizer_bytes(step: StepConfig, data: int = 1, tensor: int = 1) -> int:
     """Float32 moments: two of every parameter (adamw), one (lion), or one of kernels and two of the
     rest (muon, bop); and counters: optax's step numbers and Muon's three coefficients."""
     kernels, others = _groups(step.model, step.precision)
-    kernels, others = _cut(kernels, data * tensor), _cut(others, data)
+    kernels = _cut(kernels, data * tensor)
     moments = {"adamw": (2, 2), "lion": (1, 1), "muon": (1, 2), "bop": (1, 2)}
     counters = {"adamw": 1, "lion": 1, "muon": 1 + 3 + 1, "bop": 1}
     of_kernels, of_others = moments[step.optimizer.name]

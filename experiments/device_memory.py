@@ -18,11 +18,11 @@ MOST_PARTS = 2**16  # microbatches or devices that are tried as a remedy
 
 
 class Change(NamedTuple):
-    """Of how a run is laid out. microbatches: 0 for its own. data: devices that share it (FSDP)."""
+    """Of how a run is laid out. microbatches, data (devices along `mesh.data`): 0 for its own."""
 
     microbatches: int = 0
     remat: bool = False
-    data: int = 1
+    data: int = 0
 
 
 AS_IT_IS = Change()
@@ -67,7 +67,8 @@ def run_memory(run: PlannedRun, corpus_bytes: int = 0, change: Change = AS_IT_IS
     if corpus_bytes > run.config.launch.resident_bytes:
         corpus_bytes = spec.batch_size * (spec.data.sequence_length + 1) * 4
     batch = Batch(spec.batch_size // parts, spec.data.sequence_length)
-    return step_memory(step, batch, corpus_bytes, change.data)
+    mesh = spec.step.mesh
+    return step_memory(step, batch, corpus_bytes, change.data or mesh.data, mesh.tensor)
 
 
 def needed(run: PlannedRun, corpus_bytes: int = 0, change: Change = AS_IT_IS) -> int:
@@ -129,10 +130,12 @@ def _remedies(run: PlannedRun, corpus_bytes: int, has: int) -> Iterator[str]:
         else:
             continue
         break
-    counts = (2**k for k in range(1, MOST_PARTS.bit_length()))
-    devices = next((n for n in counts if rows // now % n == 0 and fits(Change(data=n))), None)
+    width, mine = run.spec.step.model.width, run.spec.step.mesh.data
+    counts = (2**k for k in range(1, MOST_PARTS.bit_length()) if 2**k > mine)
+    allowed = (n for n in counts if rows // now % n == 0 and width % n == 0)
+    devices = next((n for n in allowed if fits(Change(data=n))), None)
     if devices is not None:
-        yield f"share it over {devices} such devices (FSDP)"
+        yield f"set mesh.data={devices}, over as many such devices"
 
 
 def show(screen: Console, plan: Plan) -> None:

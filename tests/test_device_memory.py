@@ -50,7 +50,7 @@ def test_a_batch_that_is_too_large_is_told_how_to_be_cut(plan_of):
     assert "where a device has 60 MB" in message
     (run,) = plan_of(with_gb(0.06)).runs
     parts = int(re.search(r"train\.microbatches=(\d+)", message).group(1))
-    devices = int(re.search(r"share it over (\d+) such devices", message).group(1))
+    devices = int(re.search(r"set mesh.data=(\d+), over as many such devices", message).group(1))
     corpus, counts = plan_of(LARGE).corpus.train.nbytes, [1, 2, 4, 8, 16, 32, 64]
     fits = [needed(run, corpus, Change(n)) <= 6e7 for n in counts]
     assert fits == sorted(fits) and parts == counts[fits.index(True)] > 1
@@ -63,7 +63,7 @@ def test_a_state_that_is_too_large_can_only_be_shared(plan_of):
     """Two states and the gradients take 24 MB, however the batch is cut."""
     message = refusal(plan_of(with_gb(0.02)))
     assert "microbatches" not in message and "remat" not in message
-    assert re.search(r"20 MB; share it over \d+ such devices \(FSDP\)$", message)
+    assert re.search(r"20 MB; set mesh.data=\d+, over as many such devices$", message)
 
 
 def test_an_estimate_alone_refuses_nothing(plan_of):
