@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 
+from bitnet_jax import hosts
 from bitnet_jax.files import DIGEST, SCHEMA_VERSION, NewerFile, sealed, unsealed
 from bitnet_jax.fingerprint import fingerprint
 from bitnet_jax.train_step import TrainState
@@ -61,7 +62,7 @@ class Checkpointer:
         self._check_room((state, stash))
         try:
             self._manager.check_for_errors()
-            if self._troubled:
+            if self._troubled and hosts.first():
                 for torn in self._directory.glob("*.orbax-checkpoint-tmp"):
                     shutil.rmtree(torn)
             self._save(tick, state, stash, progress)
@@ -74,6 +75,8 @@ class Checkpointer:
 
     def _check_room(self, state: Any) -> None:
         """A disk that fills up while orbax writes leaves it with pieces."""
+        if not hosts.first():
+            return
         needed = sum(x.nbytes for x in jax.tree.leaves(state)) + ROOM_BESIDE
         if shutil.disk_usage(self._directory).free < needed:
             raise OSError(errno.ENOSPC, "No space left for a checkpoint", str(self._directory))

@@ -4,14 +4,19 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from bitnet_jax import sharding
+
 
 def moved(x: Array) -> Array:
     """[..., R, C] as [..., C, R], really moved on a CPU.
 
     Its fast products read the contracted axis of their left operand in memory order; XLA would
     fold a plain transpose into the product, which then runs at a third to a half of the speed.
-    16-bit floats are moved as integers, since they would be moved as float32.
+    16-bit floats are moved as integers, since they would be moved as float32. On a mesh the halves
+    would lie on other devices, and travel.
     """
+    if sharding.is_cut():
+        return jnp.swapaxes(x, -1, -2)
     return lax.platform_dependent(x, cpu=_by_halves, default=lambda x: jnp.swapaxes(x, -1, -2))
 
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Key
 
-from bitnet_jax import carriers, estimators
+from bitnet_jax import carriers, estimators, packing, sharding
 from bitnet_jax.granularity import kernel_step_gradient, kernel_values, quantize_kernel
 from bitnet_jax.layout import moved
 from bitnet_jax.precision import Precision
@@ -152,7 +152,10 @@ def _forward(x, weights, context, precision, row_parallel):
         for w, key in zip(weights, w_keys, strict=True)
     )
     ys = tuple(
-        code_product(q, k.operand, precision).astype(precision.compute_dtype) for k in kernels
+        code_product(q, _whole(k.operand, precision, row_parallel), precision).astype(
+            precision.compute_dtype
+        )
+        for k in kernels
     )
     return ys, _Residuals(q, mask, jnp.zeros((0,), x.dtype), kernels, context.strength)
 
@@ -171,6 +174,8 @@ def _kernel(w: Weights, strength, key, precision: Precision, row_parallel: bool)
         q = _blend(q, blocks, strength)
         q = q._replace(codes=q.codes.reshape(1, *kernel.shape))  # one product, whatever was sliced
     operand = _operand(q, precision)
+    if operand.codes.shape[0] == 1:
+        operand = operand._replace(codes=sharding.scattered(operand.codes, row_parallel))
     if operand.codes.dtype == jnp.int8:
         operand = mark(operand, "operand")
     return _Kernel(operand, mask, learned, jnp.zeros((0,), kernel.dtype))
@@ -193,6 +198,18 @@ def _operand(q: Quantized, precision: Precision) -> Quantized:
     if q.codes.dtype == jnp.int8:
         return q
     return Quantized(q.codes.astype(precision.compute_dtype), q.scale)
+
+
+def _whole(w: Quantized, precision: Precision, row_parallel: bool) -> Quantized:
+    """The operand of a kernel that is cut over devices, gathered: its codes are what travels."""
+    if w.codes.shape[0] > 1:  # slices with scales of their own: the compiler's to lay out
+        return w
+    quantizer, codes = precision.weight_quantizer, w.codes
+    if precision.wire == "packed" and codes.dtype == jnp.int8 and packing.fits(quantizer):
+        packed = sharding.scattered(packing.pack(codes, quantizer), row_parallel)
+        packed = sharding.gathered(packed, row_parallel)
+        return w._replace(codes=packing.unpack(packed, codes.shape[-1], quantizer))
+    return w._replace(codes=sharding.gathered(codes, row_parallel))
 
 
 # ---- Products ----------------------------------------------------------------------------------
@@ -264,7 +281,10 @@ def _largest_sum(precision: Precision, terms: int) -> int:
 
 
 def _backward(precision, row_parallel, r, gs):
-    dx = sum(_dx(precision, k.operand, g) for k, g in zip(r.kernels, gs, strict=True))
+    dx = sum(
+        _dx(precision, _whole(k.operand, precision, row_parallel), g)
+        for k, g in zip(r.kernels, gs, strict=True)
+    )
     dx = estimators.apply_mask(r.mask, dx, r.strength).astype(r.like.dtype)
     x = moved(r.x.codes.reshape(-1, r.x.codes.shape[-1]))
     if _scales_x(precision, r):
@@ -296,6 +316,8 @@ def _d_weights(precision, row_parallel, r: _Residuals, x, k: _Kernel, g) -> Weig
     if r.x.codes.dtype == jnp.int8 and not _scales_x(precision, r):
         g = (g * r.x.scale).astype(precision.compute_dtype)
     dw = code_dot(x, g.reshape(-1, g.shape[-1]), precision, ((1,), (0,)))
+    # Each device's part of the batch gives a part of the sum: those are added and then cut.
+    dw = sharding.gathered(dw[None], row_parallel)[0]
     d_step = None
     if k.learned is not None:
         kernel, step, codes = k.learned

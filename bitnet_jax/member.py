@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from bitnet_jax import telemetry, tracking
+from bitnet_jax import hosts, telemetry, tracking
 from bitnet_jax.checkpoint import Checkpointer, DamagedCheckpoint
 from bitnet_jax.data import Corpus, train_batches
 from bitnet_jax.disk import Patience, is_full
@@ -145,10 +145,12 @@ class Member:
         self.checkpointer = patiently(self._prepare)
 
     def _prepare(self) -> Checkpointer:
-        within(self.run_dir, *(self.run_dir / name for name in WRITTEN_IN_PLACE))
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        for directory in (self.run_dir, self.run_dir / "checkpoints"):
-            remove_torn(directory)
+        if hosts.first():
+            within(self.run_dir, *(self.run_dir / name for name in WRITTEN_IN_PLACE))
+            self.run_dir.mkdir(parents=True, exist_ok=True)
+            for directory in (self.run_dir, self.run_dir / "checkpoints"):
+                remove_torn(directory)
+        hosts.meet()
         return Checkpointer(self.run_dir / "checkpoints")
 
     @property
@@ -166,13 +168,17 @@ class Member:
         group: the ids of the runs that train with it. The file says with which it was begun, since
         it goes on with them after an interruption: programs of other numbers round otherwise.
         """
-        for key, value in tracking.provenance().items():
+        for key, value in tracking.provenance(self.spec.step.mesh).items():
             known = self.progress.origins.setdefault(key, [])
             if value not in known:
                 known.append(value)
         document = {**self._header, "identity": self.spec.identity(), "config": self._config}
         self.progress.group = self.progress.group or list(group)
         document["group"] = self.progress.group
+        self._log: tracking.MetricsLog | tracking.NoLog = tracking.NoLog()
+        self._wandb: tracking.Wandb | tracking.NoLog = self._log
+        if not hosts.first():
+            return
         write_json(self.run_dir / "config.json", document)
         self._log = tracking.MetricsLog(
             self.run_dir / "metrics.jsonl", self.spec.run_id, keep=self.progress.metrics_bytes
@@ -374,7 +380,7 @@ class Member:
             whose = f"{progress.run_id} at tick {progress.tick}"
             raise DamagedCheckpoint(f"progress: it is that of {whose}")
         known, size = progress.metrics_sha256, progress.metrics_bytes
-        if not tracking.log_begins(self.run_dir / "metrics.jsonl", size, known):
+        if hosts.first() and not tracking.log_begins(self.run_dir / "metrics.jsonl", size, known):
             raise DamagedCheckpoint(f"metrics.jsonl does not begin with the {size} bytes it had")
         self.progress = progress
         return state, stash
@@ -410,7 +416,8 @@ class Member:
             "model": self.progress.model,
             "endpoints": rows,
         }
-        write_json(self.run_dir / "summary.json", summary)
+        if hosts.first():
+            write_json(self.run_dir / "summary.json", summary)
         return summary
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from bitnet_jax import sharding
 from bitnet_jax.attention import Cache, causal_attention, continued_attention
 from bitnet_jax.initializers import INITIALIZERS, RESIDUAL_PROJECTIONS
 from bitnet_jax.layers import BitLinear, RMSNorm, bit_linears, rotary_angles, rotate
@@ -189,7 +190,7 @@ class Transformer(nn.Module):
         embedding = self.param(
             "embedding", nn.initializers.normal(c.width**-0.5), (c.vocab_size, c.width), jnp.float32
         )
-        x = jnp.take(embedding, tokens, axis=0)
+        x = sharding.constrain(jnp.take(embedding, tokens, axis=0), "batch")
         block = nn.remat(Block, prevent_cse=False, policy=None if c.remat else SAVED)
         blocks = nn.scan(
             block,

@@ -18,6 +18,8 @@ from bitnet_jax.estimators import ESTIMATORS
 from bitnet_jax.granularity import GRANULARITIES, Granularity
 from bitnet_jax.quantize import QUANTIZERS, TOKEN_QUANTIZERS, Quantizer
 
+WIRES = ("int8", "packed")
+
 
 @dataclasses.dataclass(frozen=True)
 class Precision:
@@ -33,6 +35,8 @@ class Precision:
     loss_scaling: dynamic, as float16's narrow exponent needs.
     carrier: in what dtype int8 codes enter the forward product; the choices are equal bit for bit
       (`carriers.py`).
+    wire: in what form codes of weights travel between devices, int8 or packed in 2 bits; equal bit
+      for bit (`sharding.py`).
     """
 
     name: str
@@ -45,6 +49,7 @@ class Precision:
     compute_dtype: Any = jnp.bfloat16
     loss_scaling: bool = False
     carrier: str = "auto"
+    wire: str = "int8"
 
     @property
     def weight_quantizer(self) -> Quantizer:
@@ -87,7 +92,9 @@ PRECISIONS = {
 }
 
 
-def get_precision(name: str, carrier: str = "auto", **changes: Any) -> Precision:
+def get_precision(
+    name: str, carrier: str = "auto", wire: str = "int8", **changes: Any
+) -> Precision:
     """The arm called `name`, with fields changed; None leaves a field as it is.
 
     What is changed becomes part of the name, as in `ternary+weights=ternary_twn`.
@@ -98,6 +105,7 @@ def get_precision(name: str, carrier: str = "auto", **changes: Any) -> Precision
     """
     choose("precision", name, PRECISIONS)
     choose("matmul.carrier", carrier, CARRIERS)
+    choose("matmul.wire", wire, WIRES)
     base = PRECISIONS[name]
     changes = {k: v for k, v in changes.items() if v is not None and v != getattr(base, k)}
     known = {
@@ -109,7 +117,9 @@ def get_precision(name: str, carrier: str = "auto", **changes: Any) -> Precision
     for key in known.keys() & changes.keys():
         choose(f"quantization.{key}", changes[key], known[key])
     said = [f"{key}={_say(value)}" for key, value in changes.items()]
-    arm = dataclasses.replace(base, name="+".join([name, *said]), carrier=carrier, **changes)
+    arm = dataclasses.replace(
+        base, name="+".join([name, *said]), carrier=carrier, wire=wire, **changes
+    )
     _check(arm)
     return arm
 

@@ -3,7 +3,8 @@
 Runs of one shape and arm train as a leading `runs` axis R of one program: their seeds, learning
 rates and weight decays are its inputs, so every group of that shape, arm and number shares it. A
 lone run has an axis of one, which its program takes off again. Where there are several devices the
-axis is spread over them, each device computing its own runs: nothing is communicated.
+axis is spread over them, each device computing its own runs: nothing is communicated. A run too
+large for a device is alone in its program, which is cut over a mesh (`sharding.py`).
 
 Programs are kept while they are in use (the last PROGRAMS of each kind), and on disk between
 processes where `keep_programs` says so.
@@ -22,8 +23,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
-from bitnet_jax import telemetry
+from bitnet_jax import sharding, telemetry
 from bitnet_jax.precision import Precision
+from bitnet_jax.sharding import ONE_DEVICE, MeshShape
 from bitnet_jax.train_step import StepConfig, TrainState, eval_step, init_state, train_step
 
 PROGRAMS = 16  # of each kind; one of 95k parameters takes about 15 MB
@@ -59,36 +61,43 @@ def devices(runs: int) -> int:
     return math.gcd(runs, jax.device_count()) if runs > 1 else 1
 
 
-def place(tree: Any, runs: int) -> Any:
-    """Arrays with a leading runs axis, each run's part on its device; or the shapes of such."""
-    sharding = NamedSharding(_mesh(devices(runs)), P("runs"))
+def place(tree: Any, runs: int, mesh: MeshShape = ONE_DEVICE) -> Any:
+    """Arrays with a leading runs axis, each run's part on its device, or a lone run's cut over a
+    mesh; or the shapes of such."""
+    if mesh != ONE_DEVICE:
+        return sharding.place(tree, mesh)
+    where = NamedSharding(_mesh(devices(runs)), P("runs"))
 
     def one(x: Any) -> Any:
         if isinstance(x, jax.ShapeDtypeStruct):
-            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-        return jax.device_put(x, sharding)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+        return jax.device_put(x, where)
 
     return jax.tree.map(one, tree)
 
 
-def replicate(tree: Any, runs: int) -> Any:
+def replicate(tree: Any, runs: int, mesh: MeshShape = ONE_DEVICE) -> Any:
     """Arrays that all runs of a group read, on each of their devices."""
-    return jax.device_put(tree, NamedSharding(_mesh(devices(runs)), P()))
+    where = _mesh(devices(runs)) if mesh == ONE_DEVICE else sharding.mesh(mesh)
+    return jax.device_put(tree, NamedSharding(where, P()))
 
 
 @functools.lru_cache(PROGRAMS)
 def compiled_init(config: StepConfig, runs: int) -> Any:
     """Seeds [R] to the states of the runs."""
 
+    def one(seed: Int[Array, ""]) -> TrainState:
+        return sharding.constrain_tree(init_state(config, seed))
+
     def build(local: int) -> Callable:
         take, give, over_runs = _runs_axis(local)
 
         def init(seeds: Int[Array, "R"]) -> TrainState:
-            return give(over_runs(functools.partial(init_state, config))(take(seeds)))
+            return give(over_runs(one)(take(seeds)))
 
         return init
 
-    return _compile(build, runs, (P("runs"),))
+    return _compile(build, runs, (P("runs"),), config.mesh)
 
 
 @functools.lru_cache(PROGRAMS)
@@ -101,7 +110,7 @@ def compiled_steps(config: StepConfig, runs: int, length: int) -> Any:
     """
     specs = P("runs"), P(), P("runs"), Schedule(P("runs"), P("runs"), P(), P()), P()
     build = functools.partial(_steps, config, length)
-    return _compile(build, runs, specs, donate_argnums=0)
+    return _compile(build, runs, specs, config.mesh, donate_argnums=0)
 
 
 def _steps(config: StepConfig, length: int, local: int) -> Callable:
@@ -110,6 +119,7 @@ def _steps(config: StepConfig, length: int, local: int) -> Callable:
     def one_step(i, state: TrainState, tokens, starts, schedule: Schedule):
         columns = jnp.arange(length + 1).reshape(1, 1, -1)
         rows = tokens[starts[:, i, :, None] + columns].astype(jnp.int32)
+        rows = sharding.constrain(rows, None, "batch")
         if state.snapshots is not None:
             remember = functools.partial(telemetry.remember, precision=config.precision)
             snapshots = jax.lax.cond(
@@ -135,7 +145,7 @@ def _steps(config: StepConfig, length: int, local: int) -> Callable:
 
         state, metrics = jax.lax.fori_loop(0, count, body, (state, metrics))
         metrics = jax.tree.map(lambda m: m.reshape(size, local).T, metrics)
-        return give(state), metrics
+        return give(state), sharding.everywhere(metrics)
 
     return steps
 
@@ -148,15 +158,16 @@ def compiled_eval(config: StepConfig, runs: int) -> Any:
         take, give, over_runs = _runs_axis(local)
 
         def evaluate(params: dict, tokens: Array) -> Array:
-            return give(over_runs(lambda p: eval_step(config, p, tokens))(take(params)))
+            nats = give(over_runs(lambda p: eval_step(config, p, tokens))(take(params)))
+            return sharding.everywhere(nats)
 
         return evaluate
 
-    return _compile(build, runs, (P("runs"), P()))
+    return _compile(build, runs, (P("runs"), P()), config.mesh)
 
 
 @functools.lru_cache(PROGRAMS)
-def compiled_observe(precision: Precision, runs: int) -> Any:
+def compiled_observe(precision: Precision, runs: int, mesh: MeshShape = ONE_DEVICE) -> Any:
     """`telemetry.observe` of each run: (snapshots, parameters) to (snapshots, statistics)."""
 
     def build(local: int) -> Callable:
@@ -164,11 +175,12 @@ def compiled_observe(precision: Precision, runs: int) -> Any:
         one = functools.partial(telemetry.observe, precision=precision)
 
         def observe(snapshots: telemetry.Snapshots, params: dict) -> tuple:
-            return give(over_runs(one)(*take((snapshots, params))))
+            snapshots, stats = give(over_runs(one)(*take((snapshots, params))))
+            return snapshots, sharding.everywhere(stats)
 
         return observe
 
-    return _compile(build, runs, (P("runs"), P("runs")), donate_argnums=0)
+    return _compile(build, runs, (P("runs"), P("runs")), mesh, donate_argnums=0)
 
 
 @jax.jit
@@ -192,8 +204,18 @@ def _runs_axis(local: int) -> tuple[Callable, Callable, Callable]:
     return take, give, lambda function: function
 
 
-def _compile(build: Callable, runs: int, specs: tuple, **options: Any) -> Any:
-    """jit of build(runs a device), whose arguments lie on the devices as `specs` say."""
+def _compile(build: Callable, runs: int, specs: tuple, mesh: MeshShape, **options: Any) -> Any:
+    """jit of build(runs a device), whose arguments lie on the devices as `specs` say; of a lone run
+    on a mesh as they are laid out when it is called."""
+    if mesh != ONE_DEVICE:
+        alone = build(runs)
+
+        @functools.wraps(alone)
+        def cut(*arguments: Any) -> Any:
+            with sharding.over(mesh):
+                return alone(*arguments)
+
+        return jax.jit(cut, **options)
     count = devices(runs)
     function = build(runs // count)
     if count > 1:

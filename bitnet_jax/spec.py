@@ -75,7 +75,7 @@ class RunSpec:
         defaults: list[tuple[Any, set[str]]] = [
             (self.step.model, shape),
             (self.step.optimizer, set()),
-            (self.step, {"model", "precision", "optimizer", "microbatches", "warming"}),
+            (self.step, {"model", "precision", "optimizer", "microbatches", "mesh", "warming"}),
             (self.phases, {"warmup_steps", "steepness", "late", "late_fraction"}),
         ]
         changed = [
@@ -109,10 +109,10 @@ class RunSpec:
     def identity(self) -> dict[str, Any]:
         """Everything that can change the result, as plain JSON values."""
         values = _plain(dataclasses.asdict(self))
-        del values["tags"], values["step"]["model"]["attention"]
+        del values["tags"], values["step"]["model"]["attention"], values["step"]["mesh"]
         for precision in (values["step"]["precision"], values["phases"]["late"]):
             if precision:
-                del precision["carrier"]  # its choices are equal bit for bit
+                del precision["carrier"], precision["wire"]  # their choices are equal bit for bit
         return values
 
     @property
@@ -122,8 +122,9 @@ class RunSpec:
         values = self.identity()
         for key in ("seed_init", "seed_data", "peak_lr", "weight_decay"):
             del values[key]
-        carriers = [arm.carrier for arm in (self.step.precision, self.deployed.precision)]
-        return json.dumps([values, carriers, self.step.model.attention], sort_keys=True)
+        arms = [(arm.carrier, arm.wire) for arm in (self.step.precision, self.deployed.precision)]
+        machine = [arms, self.step.mesh, self.step.model.attention]
+        return json.dumps([values, machine], sort_keys=True)
 
     @property
     def run_id(self) -> str:

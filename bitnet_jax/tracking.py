@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from bitnet_jax.files import SCHEMA_VERSION
+from bitnet_jax.sharding import ONE_DEVICE, MeshShape
 
 WANDB_LINES = 10_000  # that may wait to be sent
 WANDB_SECONDS = 30.0  # that a run waits, at its end, for them
@@ -76,6 +77,22 @@ class MetricsLog:
     def close(self) -> None:
         self.sync()
         self._file.close()
+
+
+class NoLog:
+    """What a process has that writes nothing (`hosts.py`), in place of a log."""
+
+    bytes, digest = 0, ""
+
+    def write(self, record: dict[str, Any]) -> None: ...
+
+    def log(self, values: dict[str, float], step: int) -> None: ...
+
+    def sync(self) -> None: ...
+
+    def cut(self, keep: int) -> None: ...
+
+    def close(self) -> None: ...
 
 
 def log_begins(path: Path, size: int, digest: str | None) -> bool:
@@ -151,18 +168,20 @@ def _start_wandb(mode: str, project: str, run_id: str, directory: Path, config: 
     )
 
 
-def provenance() -> dict[str, str]:
-    """Where results come from: code, versions, device."""
+def provenance(mesh: MeshShape = ONE_DEVICE) -> dict[str, str]:
+    """Where results come from: code, versions, device, and how a run was cut over several."""
+    cut = "" if mesh == ONE_DEVICE else f", {mesh}"
     return {
         "git_commit": git_commit(),
         "jax_version": jax.__version__,
         "python_version": platform.python_version(),
-        "device": f"{jax.device_count()}x {_device_name()}",
+        "device": f"{jax.device_count()}x {_device_name()}{cut}",
     }
 
 
 def git_commit() -> str:
-    """The commit of this source tree, with `-dirty` where files differ from it, or `unknown`."""
+    """The commit of this source tree, with `-dirty` where files differ from it; outside of git
+    $BITNET_JAX_COMMIT, which a container's image has, or `unknown`."""
     here = Path(__file__).parent
 
     def git(*arguments: str) -> str:
@@ -173,7 +192,7 @@ def git_commit() -> str:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        return os.environ.get("BITNET_JAX_COMMIT") or "unknown"
 
 
 def _device_name() -> str:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bitnet_jax import programs
+from bitnet_jax import hosts, programs
 from bitnet_jax.checkpoint import DamagedCheckpoint, save_model
 from bitnet_jax.data import Corpus, RowReader, validation_rows
 from bitnet_jax.disk import GaveUp, Patience
@@ -130,7 +130,7 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     seeds = jax.ShapeDtypeStruct((runs,), jnp.int32)
     init = programs.compiled_init(spec.step, runs)
     init.lower(seeds).compile()
-    state = programs.place(jax.eval_shape(init, seeds), runs)
+    state = programs.place(jax.eval_shape(init, seeds), runs, spec.step.mesh)
     rows = _reader(spec, runs, corpus, options)(np.zeros((runs, slots, spec.batch_size), np.int64))
     rates = np.zeros((runs, slots), np.float32)
     schedule = programs.Schedule(rates, rates, rates[0], np.zeros(slots, bool))
@@ -140,12 +140,12 @@ def compile_ahead(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions
     batch = jax.ShapeDtypeStruct((spec.batch_size, data.sequence_length + 1), jnp.int32)
     programs.compiled_eval(spec.deployed, runs).lower(state.params, batch).compile()
     if spec.step.precision.quantized:
-        observe = programs.compiled_observe(spec.step.precision, runs)
+        observe = programs.compiled_observe(spec.step.precision, runs, spec.step.mesh)
         observe.lower(state.snapshots, state.params).compile()
 
 
 def _reader(spec: RunSpec, runs: int, corpus: Corpus, options: LoopOptions) -> RowReader:
-    put = functools.partial(programs.replicate, runs=runs)
+    put = functools.partial(programs.replicate, runs=runs, mesh=spec.step.mesh)
     return RowReader(corpus.train, spec.data.sequence_length, options.resident_bytes, put)
 
 
@@ -170,7 +170,9 @@ class _Loop:
         microbatches: int,
     ):
         self.spec, self.options, self.runs = jobs[0].spec, options, len(jobs)
-        self.should_stop, self.guard = should_stop, guard
+        # Asked at the same tick by every process: what one has been told holds for all.
+        self.should_stop = lambda tick: hosts.any_of(should_stop(tick))
+        self.guard = guard
         self.patiently = Patience(lambda: should_stop(self.tick))
         if {job.spec.group for job in jobs} != {self.spec.group}:
             raise ValueError("a group's runs may differ in seeds, learning rate and decay alone")
@@ -184,7 +186,7 @@ class _Loop:
         self.stash: TrainState | None = None
         seeds = np.array([job.spec.seed_init for job in jobs], np.int32)
         init = programs.compiled_init(self.spec.step, self.runs)
-        self.state: TrainState = programs.place(init(seeds), self.runs)
+        self.state: TrainState = self._placed(init(seeds))
         self._restore()
         parts = max(microbatches, *(m.progress.microbatches for m in self.members))
         self.step = dataclasses.replace(self.spec.step, microbatches=parts)
@@ -208,7 +210,7 @@ class _Loop:
         while (tick := self._newest_common()) is not None:
             found = [self._restored(member, tick) for member in self.members]
             whole = [pair for pair in found if pair is not None]
-            if len(whole) == self.runs:
+            if hosts.all_of(len(whole) == self.runs):
                 states, stashes = zip(*whole, strict=True)
                 self.tick, self.state = tick, self._stack(states)
                 self.stash = None if stashes[0] is None else self._stack(stashes)
@@ -222,9 +224,11 @@ class _Loop:
     def _newest_common(self) -> int | None:
         """The newest tick at which every member has a checkpoint; what lies beyond is removed."""
         common = set.intersection(*(set(m.checkpointer.ticks()) for m in self.members))
+        # Another process may see the folder as it was a moment ago.
+        newest = int(hosts.told(str(max(common, default=-1))))
         for member in self.members:
-            member.checkpointer.forget_after(max(common, default=-1))
-        return max(common, default=None)
+            member.checkpointer.forget_after(newest)
+        return None if newest < 0 else newest
 
     def _restored(self, member: Member, tick: int) -> tuple[TrainState, TrainState | None] | None:
         """A member's states at a tick; None, without a checkpoint there, where it is damaged."""
@@ -236,7 +240,10 @@ class _Loop:
             return None
 
     def _stack(self, states: Sequence[TrainState]) -> TrainState:
-        return programs.place(jax.tree.map(lambda *xs: jnp.stack(xs), *states), self.runs)
+        return self._placed(jax.tree.map(lambda *xs: jnp.stack(xs), *states))
+
+    def _placed(self, states: TrainState) -> TrainState:
+        return programs.place(states, self.runs, self.spec.step.mesh)
 
     def run(self, watch: Callable[[Report], None]) -> None:
         """Make every remaining tick. Metrics are fetched at log steps, so that no step waits."""
@@ -366,9 +373,8 @@ class _Loop:
         precision = self.spec.step.precision
         if not precision.quantized:
             return None, {}
-        snapshots, stats = programs.compiled_observe(precision, self.runs)(
-            self.state.snapshots, self.state.params
-        )
+        observe = programs.compiled_observe(precision, self.runs, self.spec.step.mesh)
+        snapshots, stats = observe(self.state.snapshots, self.state.params)
         self.state = self.state.replace(snapshots=snapshots)
         layers = linear_layers(self.state.params).items()
         sizes = {name: math.prod(layer["kernel"].shape[2:]) for name, layer in layers}
@@ -399,7 +405,7 @@ class _Loop:
             if all(member.finished for member in self.members):
                 index = len(self.segments) - 1
             self._jump_to(index + 1)
-        if time.monotonic() - self.last_save > self.options.checkpoint_seconds:
+        if hosts.any_of(time.monotonic() - self.last_save > self.options.checkpoint_seconds):
             self._save()
 
     def _give_up(self, member: Member, index: int) -> None:

@@ -11,7 +11,7 @@ import optax
 from jaxtyping import Array, Bool, Float, Int
 
 from bitnet_jax import loss as losses
-from bitnet_jax import optim, telemetry
+from bitnet_jax import optim, sharding, telemetry
 from bitnet_jax.latents import known_codes
 from bitnet_jax.matmul import DEPLOYED, Context
 from bitnet_jax.model import TransformerConfig, apply_hidden, init_params, linear_kernel
@@ -30,6 +30,7 @@ class StepConfig:
     """Everything that a compiled step depends on. Equal configs share one program.
 
     regularizer: a name in `regularizers.py`, or none; its coefficient may be negative.
+    mesh: of the devices that a run's arrays are cut over.
     warming: whether quantization has a strength below 1 (`matmul.Context`), which is then traced.
     """
 
@@ -41,6 +42,7 @@ class StepConfig:
     regularizer_weight: float = 0.0
     microbatches: int = 1
     warming: bool = False
+    mesh: sharding.MeshShape = sharding.ONE_DEVICE
 
     @property
     def draws(self) -> bool:
@@ -66,7 +68,7 @@ class TrainState(flax.struct.PyTreeNode):
     snapshots: Snapshots | None
 
 
-def init_state(config: StepConfig, seed: int) -> TrainState:
+def init_state(config: StepConfig, seed: int | Int[Array, ""]) -> TrainState:
     """The state before the first step. The same parameters in every arm at the same seed."""
     params = init_params(config.model, config.precision, jax.random.key(seed))
     stored = jax.tree_util.tree_map_with_path(
@@ -109,6 +111,7 @@ def train_step(
     # Latents may be stored in bfloat16; all that is computed with them is float32.
     params = jax.tree.map(lambda w: w.astype(jnp.float32), state.params)
     parts, grads = _gradients(config, params, tokens, state.loss_scale, context)
+    grads = sharding.constrain_tree(grads)
     grad_norm = optax.tree.norm(grads)
     finite = jnp.isfinite(parts["loss"]) & jnp.isfinite(grad_norm)
     updates, opt_state = optim.direction(config.optimizer).update(
@@ -122,6 +125,7 @@ def train_step(
         (params, opt_state),
         (state.params, state.opt_state),
     )
+    params, opt_state = sharding.constrain_tree((params, opt_state))
     loss_scale, good_steps = state.loss_scale, state.good_steps
     if config.precision.loss_scaling:
         loss_scale, good_steps = _next_loss_scale(loss_scale, good_steps, finite)

@@ -1,9 +1,13 @@
-"""The main command with --launcher=slurm: submit workers, show how the sweep is doing, cancel."""
+"""The main command with --launcher=slurm: submit workers, show how the sweep is doing, cancel.
+
+What other launchers of jobs share is here, too: the flags of workers, the table of runs, and the
+refusal of a second commit.
+"""
 
 import collections
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -42,14 +46,15 @@ def prepared(plan: Plan, config: ConfigDict, argv: Sequence[str]) -> tuple[slurm
     return wanted, slurm.script(wanted, directory, Path.cwd(), command)
 
 
-def worker_flags(argv: Sequence[str]) -> list[str]:
-    """The flags of a submission that its workers need, too."""
+def worker_flags(argv: Sequence[str], but: Collection[str] = ()) -> list[str]:
+    """The flags of a submission that its workers need, too. but: flags with a value that are left
+    out as well."""
     kept, after = [], False
     for argument in argv[1:]:
         name, equals, _ = argument.lstrip("-").partition("=")
         if after:
             after = False
-        elif argument.startswith("-") and name in _VALUED:
+        elif argument.startswith("-") and name in {*_VALUED, *but}:
             after = not equals
         elif not argument.startswith("-") or name not in _SWITCHES:
             kept.append(argument)
@@ -110,6 +115,15 @@ def show_status(screen: Console, plan: Plan) -> None:
     for job in found:
         table.add_row(job.job, job.state.lower(), job.time, job.node, job.reason)
     screen.print(table if found else f"{plan.name}: no jobs")
+    show_runs(screen, plan)
+
+
+def show_runs(screen: Console, plan: Plan) -> None:
+    """A table of the sweep's runs, and how many there are of each state.
+
+    Raises:
+      ConfigError: a summary is another run's.
+    """
     states = [(run, *run_state(plan, run)) for run in plan.runs]
     table = Table(title=f"{plan.name}: runs", title_justify="left")
     for column in ("run", "state", ""):
@@ -148,8 +162,9 @@ def run_state(plan: Plan, run: PlannedRun) -> tuple[str, str]:
     return "waiting", tried or begun
 
 
-def check_code(plan: Plan) -> None:
+def check_code(plan: Plan, section: str) -> None:
     """Refuse to go on with a sweep that another commit has begun: its table would mix two codes.
+    section: of the config, whose `mixed_code` lets it pass.
 
     Raises:
       ConfigError: names the first run that it has trained.
@@ -164,5 +179,5 @@ def check_code(plan: Plan) -> None:
         if others:
             raise ConfigError(
                 f"{run.directory}: trained by commit {others[0]}, the code here is {now}; check "
-                "that out, give another config.name, or set slurm.mixed_code=True"
+                f"that out, give another config.name, or set {section}.mixed_code=True"
             )

@@ -23,7 +23,8 @@ DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
 Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR  --dry_run
-       --worker  --launcher=slurm [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
+       --worker  --launcher=slurm|k8s [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
+       --distributed=auto|HOST:PORT [--processes=N --process=I]
 Every key and what it means: {DEFAULT_RUN.relative_to(ROOT)}"""
 
 
@@ -48,9 +49,12 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_bool("sweep", False, "run the sweep of the config file", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan, train nothing", flag_values=values)
     flags.DEFINE_bool("worker", False, "train what others do not, then leave", flag_values=values)
-    flags.DEFINE_string("launcher", "local", "who trains: local or slurm", flag_values=values)
+    flags.DEFINE_string("launcher", "local", "who trains: local, slurm or k8s", flag_values=values)
     flags.DEFINE_bool("status", False, "show the launcher's jobs and the runs", flag_values=values)
     flags.DEFINE_bool("cancel", False, "cancel the launcher's jobs", flag_values=values)
+    flags.DEFINE_string("distributed", None, "of several processes", flag_values=values)
+    flags.DEFINE_integer("processes", 0, "how many there are", flag_values=values)
+    flags.DEFINE_integer("process", -1, "which of them this is", flag_values=values)
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
     flags.DEFINE_string("reproduce", None, "a run directory to make again", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
@@ -72,9 +76,9 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     """Refuse flags that do not go together. configured: those of the config."""
-    choose("launcher", values.launcher, ("local", "slurm"))
-    of_slurm = [name for name in ("status", "cancel") if values[name].value]
-    of_sweeps = [*(["worker"] if values.worker else []), *of_slurm]
+    choose("launcher", values.launcher, ("local", "slurm", "k8s"))
+    of_jobs = [name for name in ("status", "cancel") if values[name].value]
+    of_sweeps = [*(["worker"] if values.worker else []), *of_jobs]
     if values.launcher != "local":
         of_sweeps.append(f"launcher={values.launcher}")
     if values.reproduce is not None:
@@ -85,15 +89,36 @@ def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     for name in of_sweeps:
         if not values.sweep:
             raise ConfigError(f"--{name}: only a sweep has workers and jobs; give --sweep, too")
-    for name in of_slurm:
-        if values.launcher != "slurm":
-            raise ConfigError(f"--{name}: only jobs have it; give --launcher=slurm, too")
-    one_of = [*of_slurm, *(name for name in ("dry_run", "worker") if values[name].value)]
-    if len(one_of) > 1 and (of_slurm or values.launcher != "local"):
+    for name in of_jobs:
+        if values.launcher == "local":
+            raise ConfigError(f"--{name}: only jobs have it; give --launcher=slurm or k8s, too")
+    one_of = [*of_jobs, *(name for name in ("dry_run", "worker") if values[name].value)]
+    if len(one_of) > 1 and (of_jobs or values.launcher != "local"):
         given = ", ".join(f"--{name}" for name in one_of)
         raise ConfigError(f"{given}: they do not go together; give one of them")
+    _check_distributed(values, [f"--{name}" for name in (*of_jobs, *_given(values, "dry_run"))])
     if values.worker and values.launcher != "local":
         raise ConfigError("--worker: it trains here; leave it out to submit jobs that are workers")
+
+
+def _given(values: flags.FlagValues, *names: str) -> list[str]:
+    return [name for name in names if values[name].value]
+
+
+def _check_distributed(values: flags.FlagValues, alone: list[str]) -> None:
+    """Refuse what one process does, and places without others. alone: of the former."""
+    of_places = [name for name in ("processes", "process") if values[name].present]
+    if values.distributed is None:
+        for name in of_places:
+            raise ConfigError(f"--{name}: only with --distributed=HOST:PORT")
+        return
+    if values.distributed == "auto":
+        for name in of_places:
+            raise ConfigError(f"--{name}: --distributed=auto finds it; give HOST:PORT to say it")
+    if values.launcher != "local":
+        alone = [*alone, f"--launcher={values.launcher}"]
+    for flag in [*alone, *(["--reproduce"] if values.reproduce is not None else [])]:
+        raise ConfigError(f"{flag}: one process does it; leave --distributed out")
 
 
 def overridden_keys(values: flags.FlagValues) -> list[str]:

@@ -25,7 +25,7 @@ EXAMPLE = "sweeps/isoflop.py:size=800k"
 LONGEST_NAME = 200  # bytes; a file system takes 255, of which temporary names need some
 
 
-ONE_A_SWEEP = ("name", "data.source", "slurm")  # the table, the corpus, and who trains
+ONE_A_SWEEP = ("name", "data.source", "slurm", "k8s")  # the table, the corpus, and who trains
 
 
 @dataclasses.dataclass(frozen=True)

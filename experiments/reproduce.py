@@ -138,7 +138,8 @@ def _may_train(run: PlannedRun) -> bool:
         document = read_json(run.directory / "config.json")
     except (OSError, DamagedFile):
         return False
-    wanted = {**provenance(), "config": json.loads(json.dumps(run.config.to_dict()))}
+    origin = provenance(run.spec.step.mesh)
+    wanted = {**origin, "config": json.loads(json.dumps(run.config.to_dict()))}
     same = all(document.get(key) == value for key, value in wanted.items())
     return same and run.state == "resume"
 

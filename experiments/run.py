@@ -16,7 +16,13 @@ times without getting on. The same command without --worker makes the table and 
 
 With --launcher=slurm as well: submits an array of workers to Slurm, as the config's section `slurm`
 says. --dry_run shows the batch script and the plan, --status the sweep's jobs and runs, --cancel
-cancels these jobs.
+cancels these jobs. With --launcher=k8s: the same on Kubernetes, as a JobSet and as the section
+`k8s` says; what --dry_run prints is a file for kubectl (docs/clusters.md).
+
+With --distributed: the same command in every process of several, which train each run together
+over all of their devices (`mesh.data`, `mesh.tensor`). auto finds the others where Slurm, a TPU
+pod, GKE or MPI started them; HOST:PORT of the first, --processes and --process say it. A signal to
+any of them stops all at the same step.
 
 With --reproduce: trains a finished run afresh, and alone, from its config.json, in `reproduced` of
 the workdir (never where the original lies), compares endpoints, metrics.jsonl and model with it to
@@ -50,15 +56,15 @@ from absl.flags import FlagValues
 from rich.console import Console
 from rich.table import Table
 
-from bitnet_jax import data, programs
+from bitnet_jax import data, hosts, programs
 from bitnet_jax.errors import ConfigError, one_line
 from bitnet_jax.files import read_json, remove_torn
 from bitnet_jax.loss import bits_per_byte
 from bitnet_jax.train import Interrupted
-from experiments import cluster, command_line, display, report_kept
+from experiments import cluster, cluster_k8s, command_line, display, report_kept
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch import slurm
+from experiments.launch import gang, kubectl, slurm
 from experiments.launch.local import StopRequest, alone, train_all, work
 from experiments.plan import Plan, load_points, make_plan
 
@@ -104,6 +110,8 @@ def quiet_libraries() -> None:
 
 def _run(argv: list[str]) -> int:
     flags = command_line.parse(argv)
+    if flags.distributed is not None:
+        hosts.start(flags.distributed, flags.processes, flags.process)
     command = shlex.join(["python", "-m", "experiments.run", *argv[1:]])
     if flags.reproduce is not None:
         return _reproduce(flags, command)
@@ -115,9 +123,13 @@ def _run(argv: list[str]) -> int:
     screen = display.console()
     if flags.launcher == "slurm":
         return _on_slurm(flags, plan, screen, argv)
+    if flags.launcher == "k8s":
+        return _on_k8s(flags, plan, screen, argv)
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         return 0
+    if not hosts.first():
+        return _follow(plan, command)
     _prepare(plan)
     if flags.worker:
         return _work(plan, screen, command)
@@ -128,7 +140,7 @@ def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -
     """Nothing trains here."""
     wanted, script = cluster.prepared(plan, flags.config, argv)
     if not (wanted.mixed_code or flags.status or flags.cancel):
-        cluster.check_code(plan)
+        cluster.check_code(plan, "slurm")
     if flags.dry_run and shutil.which("sbatch") is None:
         cluster.show_plan(screen, plan, script)
         print("warning: sbatch: not found; whether Slurm takes it is unknown", file=sys.stderr)
@@ -143,6 +155,26 @@ def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -
     else:
         _make_writable(plan.directory)
         cluster.submit(screen, plan, wanted, script)
+    return 0
+
+
+def _on_k8s(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -> int:
+    """Nothing trains here."""
+    path = command_line.config_path(flags)
+    wanted = cluster_k8s.prepared(plan, flags.config, argv, path)
+    if not (wanted.options.mixed_code or flags.status or flags.cancel):
+        cluster.check_code(plan, "k8s")
+    if flags.dry_run:
+        cluster_k8s.show_plan(screen, plan, wanted)
+        return 0
+    kubectl.check_there()
+    if flags.status:
+        cluster_k8s.show_status(screen, plan, wanted)
+    elif flags.cancel:
+        cluster_k8s.cancel(screen, plan, wanted)
+    else:
+        _make_writable(plan.directory)
+        cluster_k8s.submit(screen, plan, wanted)
     return 0
 
 
@@ -176,6 +208,7 @@ def _reproduce(flags: FlagValues, command: str) -> int:
 
 def _prepare(plan: Plan) -> None:
     """Whatever can be wrong with the machine, before anything trains."""
+    gang.check(plan)
     _check_memory(plan)
     for run in plan.runs:
         if run.state == "damaged":
@@ -219,10 +252,19 @@ def _make_writable(directory: Path) -> None:
         ) from error
 
 
+def _follow(plan: Plan, command: str) -> int:
+    """Train what the first process says; it shows and writes."""
+    gang.check(plan)
+    programs.keep_programs(plan.directory.parent / "programs")
+    with open(os.devnull, "w") as nowhere, _stoppable(Console(file=nowhere), command) as stop:
+        gang.follow(plan, stop)
+    return 0
+
+
 def _work(plan: Plan, screen: Console, command: str) -> int:
     """Train what nobody else does, and leave the results to who collects them."""
     show = display.SweepDisplay(screen, plan)
-    with _stoppable(screen, command) as stop, show.live():
+    with _stoppable(screen, command) as stop, show.live(), gang.led():
         all_well = work(plan, show, stop)
     done = sum(run.finished for run in plan.runs)
     screen.print(f"nothing is left for this worker; {done} of {len(plan.runs)} runs are finished")
@@ -233,7 +275,7 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
     began, show = time.monotonic(), display.SweepDisplay(screen, plan)
     with contextlib.ExitStack() as turn:
         with _stoppable(screen, command) as stop:
-            with show.live():
+            with show.live(), gang.led():
                 failures = train_all(plan, show, stop)
             turn.enter_context(alone(plan, show, stop))
         for directory in (plan.directory, plan.directory / "figures"):
@@ -258,7 +300,8 @@ def _stoppable(screen: Console, command: str) -> Iterator[StopRequest]:
         except Interrupted as error:
             screen.print("interrupted; all is saved. To go on, give the same command again:")
             screen.print(f"  {command}", soft_wrap=True, markup=False)
-            raise _Stopped(128 + (stop.signal or signal.SIGINT)) from error
+            of_others = signal.SIGTERM if hosts.several() else signal.SIGINT
+            raise _Stopped(128 + (stop.signal or of_others)) from error
 
 
 def _show_endpoints(screen: Console, name: str, table: "pd.DataFrame") -> None:

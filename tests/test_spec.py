@@ -28,11 +28,16 @@ SAME = [
     {"slurm.workers": 2, "slurm.minutes": 5, "slurm.partition": "p", "slurm.account": "a"},
     {"slurm.processes": 2, "slurm.nodes": 2, "slurm.gpus": 1, "slurm.cpus": 3},
     {"slurm.memory": "1G", "slurm.mixed_code": True},
+    {"k8s.workers": 2, "k8s.image": "x:1", "k8s.claim": "c", "k8s.gpus": 1, "k8s.mount": "/r"},
+    {"k8s.tpu_accelerator": "tpu7x", "k8s.tpu_topology": "2x2x1", "k8s.cpus": 3, "k8s.grace": 9},
+    {"k8s.namespace": "n", "k8s.queue": "q", "k8s.service_account": "s", "k8s.memory": "1Gi"},
+    {"k8s.node_selector": "a=b", "k8s.crashes": 0, "k8s.mixed_code": True},
     {"name": "other"},
     {"seeds.init": 0},  # what it is without being said
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},
     {"train.tokens": (2600, 5100)},  # the same whole batches
     {"matmul.carrier": "int8"},  # equal to bfloat16's, bit for bit: test_train
+    {"precision": "fp32", "matmul.wire": "packed"},  # equal to int8's, bit for bit: test_mesh
     {"precision": "fp32", "quantization.granularity": "tensor"},  # what it is without being said
     {"quantization.estimator": "identity", "quantization.rotate": False},
 ]
@@ -155,6 +160,8 @@ def test_every_key_is_accounted_for(tiny_config):
         "data.source",  # by the tokens' hash: test_data_by_content
         "model.heads",  # with a size of its own
         "model.attention",  # of a GPU: test_attention_s_implementation_is_no_part_of_a_run
+        "mesh.data",  # of several devices: test_mesh
+        "mesh.tensor",
     }
     keys = set(flatten(tiny_config().to_dict()))
     assert keys - listed - elsewhere == set()

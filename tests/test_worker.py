@@ -261,6 +261,20 @@ def test_a_run_that_was_finished_before_its_worker_died_has_not_failed(sweep, mo
     assert not (tiny.runs[0].directory / failures.FILE).exists()
 
 
+def test_failures_of_a_run_whose_worker_died_right_after_finishing_it_are_forgotten(sweep):
+    """By the next launch, which has nothing to train; another run's are kept."""
+    tiny = sweep(2)
+    for seed in (0, 1):
+        tiny.runs[seed].directory.mkdir(parents=True)
+        count_failure(tiny.runs[seed].directory, tiny.id(seed), "killed", 3, list)
+    tiny.finish(0)
+    with beating(tiny.folder) as other:
+        other.claim([tiny.id(1)])
+        assert tiny.work() is True and tiny.trained == []
+    assert [read_failures(run.directory).count for run in tiny.runs] == [0, 1]
+    assert not (tiny.runs[0].directory / failures.FILE).exists()
+
+
 def test_divergence_is_not_tried_again(sweep, monkeypatch):
     tiny = sweep(2)
     original = tiny.train_group
@@ -349,6 +363,9 @@ def test_a_worker_that_is_told_to_stop(sweep_file, tmp_path, monkeypatch, capsys
         (["--sweep", "--launcher=slurm", "--status", "--cancel"], "--status, --cancel: they"),
         (["--sweep", "--launcher=slurm", "--cancel", "--dry_run"], "--cancel, --dry_run: they"),
         (["--sweep", "--launcher=slurm", "--worker"], "--worker: it trains here"),
+        (["--launcher=k8s"], "--launcher=k8s: only a sweep"),
+        (["--sweep", "--launcher=k8s", "--status", "--cancel"], "--status, --cancel: they"),
+        (["--sweep", "--launcher=k8s", "--worker"], "--worker: it trains here"),
         (["--reproduce=x", "--worker"], "--worker: it does not go with --reproduce"),
         (["--reproduce=x", "--launcher=slurm"], "--launcher=slurm: it does not go with"),
         (["--sweep", "--config.launch.failures=0"], "launch.failures=0: it must be at least 1"),

@@ -28,6 +28,7 @@ def resolve_precision(config: ConfigDict, model: TransformerConfig) -> Precision
     arm = get_precision(
         config.precision,
         config.matmul.carrier,
+        config.matmul.wire,
         granularity=granularity(q.granularity, q.granularity_size),
         **{key: q[key] for key in CHANGES},
     )

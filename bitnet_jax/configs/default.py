@@ -50,6 +50,11 @@ def get_config() -> ConfigDict:
 
     c.matmul = ConfigDict()
     c.matmul.carrier = "auto"  # of int8 codes, forward: bfloat16, int8 or the faster; equal results
+    c.matmul.wire = "int8"  # how codes of weights travel between devices: int8, packed (2 bits)
+
+    c.mesh = ConfigDict()  # devices that one run is cut over; results do not depend on it
+    c.mesh.data = 1  # batch, kernels and optimizer state (FSDP)
+    c.mesh.tensor = 1  # heads and feed-forward width
 
     c.data = ConfigDict()
     c.data.source = "wikitext-2"  # wikitext-2, synthetic, or a directory that `prepare` wrote
@@ -123,6 +128,24 @@ def get_config() -> ConfigDict:
     c.slurm.cpus = config_dict.placeholder(int)  # of each process; default: the cluster's
     c.slurm.memory = config_dict.placeholder(str)  # of each node, as 16G; default: the cluster's
     c.slurm.mixed_code = False  # go on with a sweep that another commit has begun
+
+    c.k8s = ConfigDict()  # what --launcher=k8s asks for; the same for all runs of a sweep
+    c.k8s.image = config_dict.placeholder(str)  # of the Dockerfile; to be given
+    c.k8s.claim = config_dict.placeholder(str)  # volume claim for the results; to be given
+    c.k8s.mount = "/results"  # where pods have the claim; it is their workdir
+    c.k8s.workers = 1  # pods, each one worker; no more are made than runs are left
+    c.k8s.namespace = config_dict.placeholder(str)  # default: kubectl's
+    c.k8s.queue = config_dict.placeholder(str)  # of Kueue; default: none, pods start as they can
+    c.k8s.service_account = config_dict.placeholder(str)  # default: the namespace's
+    c.k8s.gpus = 0  # NVIDIA's, of each worker
+    c.k8s.tpu_accelerator = config_dict.placeholder(str)  # of GKE, as tpu-v6e-slice
+    c.k8s.tpu_topology = config_dict.placeholder(str)  # of each worker's slice, one host, as 2x4
+    c.k8s.cpus = config_dict.placeholder(int)  # of each worker; default: the namespace's
+    c.k8s.memory = config_dict.placeholder(str)  # of each worker, as 16Gi; likewise
+    c.k8s.node_selector = config_dict.placeholder(str)  # labels of the nodes, as spot=true,zone=a
+    c.k8s.grace = 60  # seconds that a worker that is stopped has to save
+    c.k8s.crashes = 10  # so often a crashed worker is started again; preemption does not count
+    c.k8s.mixed_code = False  # go on with a sweep that another commit has begun
 
     c.tracking = ConfigDict()
     c.tracking.wandb = config_dict.placeholder(

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from bitnet_jax import cost, ladder
+from bitnet_jax import cost, ladder, sharding
 from bitnet_jax.attention import IMPLEMENTATIONS
 from bitnet_jax.configs import arms
 from bitnet_jax.configs.check import check_keys
@@ -30,6 +30,7 @@ from bitnet_jax.optim import (
     tuned_peak_lr,
 )
 from bitnet_jax.precision import Precision
+from bitnet_jax.sharding import MeshShape
 from bitnet_jax.spec import DataSpec, RunSpec
 from bitnet_jax.train_step import StepConfig
 
@@ -80,6 +81,7 @@ def resolve(config: ConfigDict, corpus: Corpus) -> RunSpec:
             config.loss.regularizer,
             float(config.loss.regularizer_weight),
             config.train.microbatches,
+            mesh=_mesh(config, model, batch_size),
         ),
         data=_data(config, corpus),
         batch_size=batch_size,
@@ -146,7 +148,11 @@ def group_size(config: ConfigDict) -> int:
     Raises:
       ConfigError: fewer than one.
     """
-    return _launch(config, "group", on_cpu=1, elsewhere=8 * jax.device_count())
+    cut = max(config.mesh.data, config.mesh.tensor) > 1
+    size = _launch(config, "group", on_cpu=1, elsewhere=1 if cut else 8 * jax.device_count())
+    right = "a run on a mesh of several devices is alone in its program"
+    require(size == 1 or not cut, "launch.group", size, right)
+    return size
 
 
 def parallel(config: ConfigDict) -> int:
@@ -181,6 +187,13 @@ def _launch(config: ConfigDict, name: str, on_cpu: int, elsewhere: int) -> int:
         return on_cpu if jax.default_backend() == "cpu" else elsewhere
     require(value >= 1, f"launch.{name}", value, "it must be at least 1")
     return value
+
+
+def _mesh(config: ConfigDict, model: TransformerConfig, batch_size: int) -> MeshShape:
+    shape = MeshShape(config.mesh.data, config.mesh.tensor)
+    sizes = {key: getattr(model, key) for key in ("width", "ff_width", "kv_heads")}
+    sharding.check(shape, sizes, batch_size // config.train.microbatches)
+    return shape
 
 
 SHAPE_KEYS = ladder.Shape._fields

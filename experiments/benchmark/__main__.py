@@ -19,6 +19,7 @@ Suites:
            seconds that a save takes from training, as a share of the time between two saves
   startup  until the first step: a second run in a process, a new process, a warm compilation cache
   workers  seconds to a worker's first step with kept programs, and of a launch of 100 finished runs
+  wire     bytes that a step sends between the devices of a mesh, by arm, from compiled programs
   fit      the search for a law's parameters against a loop over scipy's
 
 What is compared runs by turns in one process, and its ratio is that of a turn; reported are the
@@ -53,6 +54,7 @@ from experiments.benchmark import (
     step,
     sweep,
     table,
+    wire,
     workers,
 )
 from experiments.benchmark.environment import environment
@@ -70,6 +72,7 @@ SUITES: dict[str, Callable[[Workload, step.Say], Result]] = {
     "checkpoint": checkpoint.run,
     "startup": startup.run,
     "workers": workers.run,
+    "wire": wire.run,
     "fit": fit.run,
 }
 

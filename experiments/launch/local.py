@@ -25,12 +25,13 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from types import FrameType
 from typing import Any
 
+from bitnet_jax import hosts
 from bitnet_jax.configs.resolve import failures_allowed, group_size, loop_options, parallel
-from bitnet_jax.member import Job
 from bitnet_jax.results import endpoint_row
 from bitnet_jax.tracking import provenance
 from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
+from experiments.launch import gang
 from experiments.launch.failures import Failures, count_failure, forget_failures, read_failures
 from experiments.launch.leases import Held, Lease, Leases, look_afresh
 from experiments.plan import Plan, PlannedRun, first_line
@@ -108,7 +109,10 @@ def _launch(
     with Leases(plan.directory / "leases") as leases:
         launch = _Launch(plan, display, should_stop, leases, is_worker)
         launch.run()
-        leases.clear(run.spec.run_id for run in plan.runs if run.finished)
+        finished = [run for run in plan.runs if run.finished]
+        leases.clear(run.spec.run_id for run in finished)
+        for run in finished:  # by whomever: who finished it may have been killed before he forgot
+            forget_failures(run.directory)
     return launch
 
 
@@ -163,7 +167,7 @@ class _Launch:
         self._leases, self._is_worker = leases, is_worker
         self._waiting = grouped(plan.runs)
         wanted = max((parallel(group[0].config) for group in self._waiting), default=1)
-        self._workers = max(1, min(wanted, len(self._waiting)))
+        self._workers = 1 if hosts.several() else max(1, min(wanted, len(self._waiting)))
         self._taking = threading.Lock()
         self._background = ThreadPoolExecutor(max_workers=1)
         self._compiling: dict[tuple, Future] = {}  # by program
@@ -196,6 +200,8 @@ class _Launch:
                     self._give_up(claim, progress)
                 else:
                     self._fail(claim.group, error, progress)
+                if hosts.several():
+                    gang.fail()
             else:
                 for run, summary in zip(claim.group, summaries, strict=True):
                     forget_failures(run.directory)
@@ -206,11 +212,9 @@ class _Launch:
 
     def _train(self, claim: _Claim, progress: GroupProgress) -> list[dict[str, Any]]:
         options = loop_options(claim.group[0].config)
+        gang.lead(claim.group)
         return train_group(
-            [
-                Job(run.spec, run.directory, run.config.to_dict(), run.microbatches)
-                for run in claim.group
-            ],
+            gang.jobs_of(claim.group),
             self._plan.corpus,
             # A lone run shares the machine with nobody, whatever the config allows.
             dataclasses.replace(options, parallel=self._workers),
@@ -355,7 +359,7 @@ class _Launch:
 
     def _compile_ahead(self, group: list[PlannedRun]) -> None:
         program = _program(group)
-        if program not in self._compiling:
+        if program not in self._compiling and not hosts.several():
             task = self._background.submit(_compile_ahead, self._plan, group)
             self._compiling[program] = task
 

@@ -10,19 +10,17 @@ import hashlib
 import math
 import re
 import shlex
-import shutil
-import subprocess
 from pathlib import Path
 
 from ml_collections import ConfigDict
 
 from bitnet_jax.configs.resolve import failures_allowed
-from bitnet_jax.errors import ConfigError, clipped, one_line, require
+from bitnet_jax.errors import require
+from experiments.launch.commands import ask, check_there
 
 COMMANDS = ("sbatch", "scancel", "scontrol", "sinfo", "squeue")
 MOST = {"workers": 100_000, "minutes": 525_600, "nodes": 10_000, "processes": 100_000, "gpus": 64,
         "cpus": 4096}  # fmt: skip
-SECONDS = 60.0  # that a command of Slurm's may take
 ENDED = {"BOOT_FAIL", "CANCELLED", "COMPLETED", "DEADLINE", "FAILED", "NODE_FAIL", "OUT_OF_MEMORY",
          "PREEMPTED", "TIMEOUT"}  # fmt: skip
 
@@ -150,12 +148,10 @@ def check_cluster(wanted: Options) -> None:
     Raises:
       ConfigError: there is none, or it has not.
     """
-    for command in COMMANDS:
-        if shutil.which(command) is None:
-            right = "--launcher=slurm needs the commands of Slurm; give it where jobs are submitted"
-            raise ConfigError(f"{command}: not found; {right}")
+    right = "--launcher=slurm needs the commands of Slurm; give it where jobs are submitted"
+    check_there(COMMANDS, right)
     limits = dict(line.split("|") for line in
-                  _ask("sinfo", "--noheader", "--format=%P|%l").splitlines())  # fmt: skip
+                  ask("sinfo", "--noheader", "--format=%P|%l").splitlines())  # fmt: skip
     chosen = [name.rstrip("*") for name in limits if name.endswith("*")]  # the default's mark
     limits = {name.rstrip("*"): limit for name, limit in limits.items()}
     if wanted.partition:
@@ -212,7 +208,7 @@ def script(wanted: Options, directory: Path, here: Path, command: list[str]) -> 
 
 def submit(path: Path) -> str:
     """Submit a batch script; the array's id. Raises ConfigError where Slurm refuses it."""
-    return _ask("sbatch", "--parsable", str(path)).strip().split(";")[0]
+    return ask("sbatch", "--parsable", str(path)).strip().split(";")[0]
 
 
 def jobs(directory: Path) -> list[SlurmJob]:
@@ -221,7 +217,7 @@ def jobs(directory: Path) -> list[SlurmJob]:
     Raises:
       ConfigError: Slurm does not answer.
     """
-    shown = _ask("squeue", "--me", "--noheader", "--array", "--states=all",
+    shown = ask("squeue", "--me", "--noheader", "--array", "--states=all",
                  f"--name={job_name(directory)}", "--format=%i|%F|%T|%M|%N|%r")  # fmt: skip
     return [SlurmJob(*line.split("|", 5)) for line in shown.splitlines()]
 
@@ -230,20 +226,4 @@ def cancel(found: list[SlurmJob]) -> None:
     """Raises ConfigError where Slurm refuses it."""
     arrays = sorted({job.array for job in found if not job.ended})
     if arrays:
-        _ask("scancel", *arrays)
-
-
-def _ask(*command: str) -> str:
-    """What a command of Slurm's prints; its complaint, in one line, is a ConfigError."""
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SECONDS)
-    except subprocess.TimeoutExpired as error:
-        raise ConfigError(f"{command[0]}: no answer from Slurm in {SECONDS:.0f} s") from error
-    except OSError as error:
-        raise ConfigError(f"{command[0]}: {error.strerror}") from error
-    if done.returncode:
-        said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
-        raise ConfigError(
-            clipped(one_line(f"{command[0]}: {said.removeprefix(command[0] + ': ')}"))
-        )
-    return done.stdout
+        ask("scancel", *arrays)

@@ -1,0 +1,58 @@
+"""Manifests as they should be: gpu.yaml, tpu.yaml and cpu.yaml beside this file.
+
+python -m tests.k8s.golden     # writes them anew; read the difference before you keep it
+"""
+
+from pathlib import Path
+
+from bitnet_jax.configs import default
+from experiments.launch import k8s
+
+FOLDER = Path(__file__).parent
+IMAGE = "registry.example.org:5000/team/bitnet_jax:v1"
+COMMAND = ["python", "-m", "experiments.run", "--sweep", "--worker", "--workdir=/results",
+           "--config=sweeps/isoflop.py:size=800k"]  # fmt: skip
+CASES = {
+    "cpu": {},
+    "gpu": {
+        "image": f"registry.example.org/bitnet_jax@sha256:{'0123456789abcdef' * 4}",
+        "mount": "/mnt/filestore/results",
+        "namespace": "research",
+        "queue": "team.gpus",
+        "service_account": "trainer",
+        "workers": 16,
+        "gpus": 1,
+        "cpus": 8,
+        "memory": "32Gi",
+        "node_selector": "cloud.google.com/gke-accelerator=nvidia-l4,spot=",
+        "grace": 25,
+        "crashes": 3,
+    },
+    "tpu": {
+        "queue": "tpus",
+        "workers": 4,
+        "tpu_accelerator": "tpu-v6e-slice",
+        "tpu_topology": "2x4",
+    },
+}
+
+
+def options(**section: object) -> k8s.Options:
+    """A section k8s with an image and a claim, checked."""
+    config = default.get_config()
+    config.k8s.update({"image": IMAGE, "claim": "results", **section})
+    return k8s.options(config)
+
+
+def made(case: str) -> str:
+    """The manifest of a case."""
+    return k8s.manifest(options(**CASES[case]), "isoflop_800k", 1, COMMAND)
+
+
+def path(case: str) -> Path:
+    return FOLDER / f"{case}.yaml"
+
+
+if __name__ == "__main__":
+    for case in CASES:
+        path(case).write_text(made(case))
