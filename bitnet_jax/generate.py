@@ -17,7 +17,7 @@ from bitnet_jax.deployed import Deployed
 from bitnet_jax.layers import RMSNorm
 from bitnet_jax.matmul import code_dot
 from bitnet_jax.model import Block, TransformerConfig
-from bitnet_jax.packed_dot import Kernel, RowKernel, pack_kernel
+from bitnet_jax.packed_dot import Kernel, RowKernel, chosen_products, pack_kernel
 from bitnet_jax.packing import fits
 from bitnet_jax.precision import Precision, get_precision
 from bitnet_jax.quantize import Quantized
@@ -52,9 +52,20 @@ LIKELIEST = Sampling(temperature=0.0)
 
 
 def decoder(
-    config: TransformerConfig, precision: Precision, model: Deployed, packing: str | None = PACKING
+    config: TransformerConfig,
+    precision: Precision,
+    model: Deployed,
+    packing: str | None = PACKING,
+    products: str = "auto",
 ) -> Decoder:
-    """packing: of the kernels whose codes fit, a name in `packing.PACKINGS`; None leaves int8."""
+    """packing: of the kernels whose codes fit, a name in `packing.PACKINGS`; None leaves int8.
+
+    products: how packed codes are multiplied, a name in `packed_dot.PRODUCTS`.
+
+    Raises:
+      ConfigError: what `packed_dot.chosen_products` refuses.
+    """
+    products = chosen_products(products)
 
     def lay_out(kernel: Quantized) -> Kernel:
         if not precision.quantized:
@@ -62,7 +73,7 @@ def decoder(
         if packing is None or not fits(precision.weight_quantizer):
             return jax.tree.map(jnp.asarray, kernel)
         kernel = Quantized(*(jnp.asarray(a) for a in kernel))
-        return pack_kernel(kernel, precision.weight_quantizer, packing)
+        return pack_kernel(kernel, precision.weight_quantizer, packing, products)
 
     def block(index: int) -> dict:
         own: dict = jax.tree.map(

@@ -14,7 +14,8 @@ A quotient is one multiplication and one shift. PLANES bytes are added up in 16 
 within which their true sum lies; these sums in 32. All of it is exact, whatever the order.
 
 The layout is for XLA on a CPU, which makes vector code of sums of a few arrays and of sums along an
-axis that is not the last, and nothing of the kind of 8-bit products with a single row.
+axis that is not the last, and nothing of the kind of 8-bit products with a single row. A GPU has a
+kernel of its own (packed_dot_pallas.py), with the same sums.
 """
 
 import dataclasses
@@ -26,19 +27,22 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int8, Int32, UInt8, UInt16
 
+from bitnet_jax.errors import choose, require
 from bitnet_jax.matmul import code_dot, code_product, scaled
+from bitnet_jax.packed_dot_pallas import place_products
 from bitnet_jax.packing import PACKINGS, Packing, pack, unpack
 from bitnet_jax.precision import Precision
 from bitnet_jax.quantize import Quantized, Quantizer, quantize
 
 PLANES = 4  # with five trits a byte their sum is at most 4 * 5 * 2 * 128
-FEW_ROWS = 4  # more rows than these share what is unpacked for them
+FEW_ROWS = {"xla": 4, "pallas": 64}  # more rows than these share what is unpacked for them
+PRODUCTS = ("auto", "xla", "pallas")  # how packed codes are multiplied
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["packed", "scale"],
-    meta_fields=["inputs", "packing"],
+    meta_fields=["inputs", "packing", "products"],
 )
 @dataclasses.dataclass(frozen=True)
 class PackedKernel:
@@ -46,12 +50,14 @@ class PackedKernel:
 
     packed: of each slice, output f's byte [r, c] has the codes of the inputs (r C + c) n + i.
     inputs: of a slice, without what fills it up to PLANES * C * n. packing: a name.
+    products: `xla` or `pallas`, with the same result; on a CPU the latter is interpreted, slowly.
     """
 
     packed: UInt8[Array, "I R C F"]
     scale: Float[Array, "I 1 _"]
     inputs: int
     packing: str
+    products: str = "xla"
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["values"], meta_fields=[])
@@ -65,14 +71,31 @@ class RowKernel:
 Kernel = Quantized | PackedKernel | RowKernel
 
 
-def pack_kernel(q: Quantized, quantizer: Quantizer, packing: str) -> PackedKernel:
+def chosen_products(products: str) -> str:
+    """`xla` or `pallas`; of `auto`, on a GPU the latter and elsewhere the former.
+
+    Raises:
+      ConfigError: another name, or Pallas on a device that its kernel is not written for.
+    """
+    choose("products", products, PRODUCTS)
+    platform = jax.default_backend()
+    if products == "auto":
+        return "pallas" if platform == "gpu" else "xla"
+    possible = products == "xla" or platform in ("gpu", "cpu")
+    require(possible, "products", products, f"the kernel is for GPUs; take xla on a {platform}")
+    return products
+
+
+def pack_kernel(
+    q: Quantized, quantizer: Quantizer, packing: str, products: str = "xla"
+) -> PackedKernel:
     """Codes [I, d, F] packed. They must fit (`packing.fits`)."""
     kind, inputs = PACKINGS[packing], q.codes.shape[1]
     packed = pack(jnp.swapaxes(q.codes, 1, 2), quantizer, kind)
     short = -packed.shape[2] % PLANES
     packed = jnp.pad(packed, ((0, 0), (0, 0), (0, short)))
     packed = packed.reshape(*packed.shape[:2], PLANES, -1)
-    return PackedKernel(jnp.transpose(packed, (0, 2, 3, 1)), q.scale, inputs, packing)
+    return PackedKernel(jnp.transpose(packed, (0, 2, 3, 1)), q.scale, inputs, packing, products)
 
 
 def unpack_kernel(kernel: PackedKernel, quantizer: Quantizer) -> Quantized:
@@ -102,7 +125,7 @@ def _dot(x: Quantized, w: Kernel, precision: Precision) -> Float[Array, "*B F"]:
         return _row_dot(x.codes, w.values, precision) * x.scale
     if isinstance(w, PackedKernel):
         rows = x.codes.size // x.codes.shape[-1]
-        if x.codes.dtype == jnp.int8 and rows <= FEW_ROWS:
+        if x.codes.dtype == jnp.int8 and rows <= FEW_ROWS[w.products]:
             y = packed_products(x.codes, w, precision.weight_quantizer)
             return scaled(y.astype(jnp.float32), x.scale, w.scale)
         w = unpack_kernel(w, precision.weight_quantizer)
@@ -126,14 +149,20 @@ def packed_products(
     """Exact products of codes: [*B, F], or [I, *B, F] of several slices."""
     slices, packing = len(kernel.packed), PACKINGS[kernel.packing]
     rows = x.reshape(-1, slices, kernel.inputs)
-    one = functools.partial(_slice_product, quantizer, packing)
-    sums = jax.vmap(jax.vmap(one), in_axes=(0, None), out_axes=1)(rows, kernel.packed)
+    if kernel.products == "pallas":
+        on_cpu = jax.default_backend() == "cpu"
+        sums = place_products(rows, kernel.packed, packing, interpret=on_cpu)
+    else:
+        one = functools.partial(_slice_product, packing)
+        sums = jax.vmap(jax.vmap(one), in_axes=(0, None), out_axes=1)(rows, kernel.packed)
+    offset = quantizer.low * jnp.sum(rows, axis=2, dtype=jnp.int32).T[..., None]
+    sums = quantizer.gap * sums + offset
     sums = sums.reshape(slices, *x.shape[:-1], -1)
     return sums[0] if slices == 1 else sums
 
 
 def _slice_product(
-    quantizer: Quantizer, packing: Packing, x: Int8[Array, "d"], packed: UInt8[Array, "R C F"]
+    packing: Packing, x: Int8[Array, "d"], packed: UInt8[Array, "R C F"]
 ) -> Int32[Array, "F"]:
     planes, count, _ = packed.shape
     filled = jnp.pad(x, (0, planes * count * packing.codes - len(x)))
@@ -148,9 +177,7 @@ def _slice_product(
             quotient = _quotient(byte, packing.levels**i).astype(jnp.int16)
             sums = sums + quotient * factors[plane, :, i, None]
     # Without the barrier the sums of a column would be made one after another, without vectors.
-    sums = jnp.sum(lax.optimization_barrier(sums), axis=0, dtype=jnp.int32)
-    offset = quantizer.low * jnp.sum(x, dtype=jnp.int32)
-    return quantizer.gap * sums + offset
+    return jnp.sum(lax.optimization_barrier(sums), axis=0, dtype=jnp.int32)
 
 
 def _quotient(byte: UInt16[Array, "..."], divisor: int) -> UInt16[Array, "..."]:

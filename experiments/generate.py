@@ -6,7 +6,8 @@
 Options: --tokens=N (as many as the context has room for)  --temperature=T (1; 0: the likeliest)
 --top_k=K  --top_p=P  --seed=N  --count=N texts  --activations=none (those of the arm are not
 quantized)  --beyond (the context that the model was trained on)  --tokenizer=FILE (of a packed
-model that was trained with one)  --json
+model that was trained with one)  --products=auto|xla|pallas (of packed trits; auto: on a GPU
+pallas, not tried there yet, elsewhere xla)  --json
 A text ends with the end of text, too. Equal options give equal texts on the same machine.
 Exit status: 0, or 2 with one line for what cannot be done.
 """
@@ -31,6 +32,7 @@ from bitnet_jax.errors import ConfigError, choose, one_line, require
 from bitnet_jax.export import packed
 from bitnet_jax.generate import Sampling, decoder, generate
 from bitnet_jax.model import TransformerConfig
+from bitnet_jax.packed_dot import chosen_products
 from bitnet_jax.precision import Precision, without_activation_quantization
 from experiments.run import quiet_libraries
 from experiments.runs import load_run
@@ -94,6 +96,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--activations")
     parser.add_argument("--beyond", action="store_true")
     parser.add_argument("--tokenizer", type=Path)
+    parser.add_argument("--products", default="auto")
     parser.add_argument("--json", action="store_true")
     return parser
 
@@ -106,7 +109,7 @@ def _generate(options: argparse.Namespace) -> dict[str, Any]:
     config, precision = source.config, source.precision
     if options.activations:
         precision = without_activation_quantization(precision)
-    model = decoder(config, precision, source.model)
+    model = decoder(config, precision, source.model, products=options.products)
     began = time.perf_counter()
     drawn = generate(
         config, precision, model, prompt, options.seed, tokens, options.count, sampling,
@@ -137,6 +140,7 @@ def _sampling(options: argparse.Namespace) -> Sampling:
     require(0 < options.top_p <= 1, "top_p", options.top_p, "it must be above 0 and at most 1")
     if options.activations is not None:
         choose("activations", options.activations, ("none",))
+    chosen_products(options.products)
     return Sampling(temperature, options.top_k, options.top_p)
 
 
@@ -144,13 +148,13 @@ def _of_run(options: argparse.Namespace) -> Source:
     if options.tokenizer:
         raise ConfigError(f"tokenizer={str(options.tokenizer)!r}: a run has its own; leave it out")
     run = load_run(options.run)
-    name = run.corpus.manifest["tokenizer"]["name"]
     model = run.trained_model()
-    if model.tokenizer is None and name != "bytes":
+    if model.symbols is not None:
         raise ConfigError(
             f"run={str(options.run)!r}: its corpus {run.corpus.name!r} is no text (tokenizer "
-            f"{name!r}); give a run of one that is"
+            f"{model.symbols!r}); give a run of one that is"
         )
+    assert model.end_of_text is not None  # of text
     tokenizer = open_tokenizer(str(model.tokenizer) if model.tokenizer else "bytes")
     return Source(
         run.spec.run_id,
@@ -165,7 +169,14 @@ def _of_run(options: argparse.Namespace) -> Source:
 
 def _of_file(options: argparse.Namespace) -> Source:
     found = packed.read(options.packed)
-    tokenizer = _tokenizer_of_file(options, found.tokenizer["sha256"])
+    name, sha256 = found.tokenizer["name"], found.tokenizer["sha256"]
+    if sha256 is None and name != "bytes":
+        raise ConfigError(
+            f"packed={str(options.packed)!r}: its tokens are symbols of {name!r} and no text; give "
+            "a model of text"
+        )
+    tokenizer = _tokenizer_of_file(options, sha256)
+    assert found.end_of_text is not None  # of text, as `packed.read` has made sure
     vocab = found.config.vocab_size
     require(vocab <= tokenizer.vocab_size, "packed", str(options.packed), f"{vocab} tokens")
     return Source(

@@ -39,6 +39,7 @@ class FinishedRun:
         """What leaves for other clients."""
         spec, document = self.spec, read_json(self.directory / "config.json")
         tokenizer = self.corpus.path / "tokenizer.json"
+        name = self.corpus.manifest["tokenizer"]["name"]
         return TrainedModel(
             spec.step.model,
             spec.deployed.precision,
@@ -53,6 +54,7 @@ class FinishedRun:
                 "precision": spec.deployed.precision.name,
                 "tokens": str(spec.ends[-1] * spec.batch_tokens),
             },
+            None if tokenizer.exists() or name == "bytes" else name,
         )
 
 

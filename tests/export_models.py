@@ -1,5 +1,6 @@
 """Models of random weights, for the tests of exports."""
 
+import dataclasses
 import functools
 
 import jax
@@ -46,3 +47,9 @@ def _params(config, arm):
 def rows(count=64, length=64, seed=0):
     """Token ids, as of held-out text."""
     return np.random.default_rng(seed).integers(1, 256, (count, length)).astype(np.int32)
+
+
+def of_symbols(**changes):
+    """Such as of the synthetic language: its tokens are no text, and none is an end of one."""
+    model = trained(vocab_size=64, **changes)
+    return dataclasses.replace(model, end_of_text=None, symbols="synthetic")

@@ -181,21 +181,31 @@ def test_mistakes(argument, capsys):
         assert word in captured.err
 
 
-def test_peers_are_the_suite_steps_alone(capsys):
-    assert command.main(["--suite=data", "--peer=torch"]) == 2
-    assert "only the suite step has peers" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "suite, peer, right",
+    [("data", "torch", "step"), ("decode", "torch", "step"), ("step", "llama.cpp", "decode")],
+)
+def test_a_peer_goes_with_its_suite(suite, peer, right, capsys):
+    assert command.main([f"--suite={suite}", f"--peer={peer}"]) == 2
+    error = capsys.readouterr().err
+    assert f"peer='{peer}': it goes with --suite={right}" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    "name, package, title", [("torch", "torch", "PyTorch"), ("qwix", "qwix", "Qwix")]
+    "name, package, title, suite, install",
+    [
+        ("torch", "torch", "PyTorch", "step", "torch"),
+        ("qwix", "qwix", "Qwix", "step", "qwix"),
+        ("llama.cpp", "llama_cpp", "llama.cpp", "decode", "llama-cpp-python"),
+    ],
 )
-def test_a_peer_that_is_not_installed(name, package, title, monkeypatch, capsys):
-    monkeypatch.delitem(sys.modules, f"experiments.benchmark.peers.{name}_peer", raising=False)
+def test_a_peer_that_is_not_installed(name, package, title, suite, install, monkeypatch, capsys):
+    module = f"experiments.benchmark.peers.{package}_peer"
+    monkeypatch.delitem(sys.modules, module, raising=False)
     monkeypatch.setitem(sys.modules, package, None)
-    assert command.main([f"--peer={name}"]) == 2
+    assert command.main([f"--suite={suite}", f"--peer={name}"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith(f"error: --peer={name}: {title} is not installed; ")
-    assert error.count("\n") == 1
+    assert error == f"error: --peer={name}: {title} is not installed; pip install {install}\n"
 
 
 def test_out_that_is_a_directory(tmp_path, capsys):

@@ -1,10 +1,16 @@
 """The export command: what it writes, prints and refuses, and that nothing half done stays."""
 
 import contextlib
+import dataclasses
+import importlib.util
 import io
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -235,3 +241,101 @@ def test_a_wrong_packed_file_is_removed(directory, tmp_path, monkeypatch):
     status, text, err = run(f"--run={directory}", "--format=packed", f"--out={out}")
     assert status == 1 and "the codes of" in err and "was removed" in err
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_corpus_that_is_no_text(directory, tmp_path):
+    """What its tokens are is said by the corpus, not guessed from a file that is not there."""
+    own = load_run(directory)
+    assert own.trained_model().symbols is None
+    corpus = SimpleNamespace(
+        path=tmp_path, name="some", manifest={"tokenizer": {"name": "synthetic"}, "eot_token": None}
+    )
+    model = dataclasses.replace(own, corpus=corpus).trained_model()
+    assert (model.symbols, model.end_of_text, model.tokenizer) == ("synthetic", None, None)
+
+
+# lm-evaluation-harness, by the documented command
+
+QUESTIONS = [
+    {"query": "the old", "choices": ["cat.", "dog sees", "qzx"], "gold": 0},
+    {"query": "a grey", "choices": ["tree", "!!!!", "house ne"], "gold": 1},
+    {"query": "cat", "choices": ["sees a", "likes", "0123"], "gold": 1},
+    {"query": "dog likes", "choices": ["the", "old", "near a"], "gold": 2},
+    {"query": "Zo\u00eb", "choices": ["near", "tree", "a"], "gold": 0},
+]
+TASK = """task: animals
+dataset_path: json
+dataset_kwargs: {{data_files: {{test: {data}}}}}
+test_split: test
+output_type: multiple_choice
+doc_to_text: query
+doc_to_choice: choices
+doc_to_target: gold
+target_delimiter: " "
+metric_list: [{{metric: acc}}]
+"""
+
+
+@pytest.mark.slow
+def test_lm_evaluation_harness_reports_our_loglikelihoods(directory, tmp_path, alone):
+    """Of every answer to a task made here, without a network.
+
+    Both compute in float32, in sums of other orders. Where that moves an activation to the next
+    int8 code, an answer is off by more; of the few there are here, one may.
+    """
+    for name in ("lm_eval", "torch", "transformers", "accelerate"):
+        if importlib.util.find_spec(name) is None:  # imported in another process alone
+            pytest.skip(f"{name} is not installed")
+    out = tmp_path / "model"
+    assert run(f"--run={directory}", "--format=hf", f"--out={out}")[0] == 0
+    data = tmp_path / "animals.jsonl"
+    data.write_text("".join(json.dumps(question) + "\n" for question in QUESTIONS))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks" / "animals.yaml").write_text(TASK.format(data=data))
+    reported, accuracy = lm_eval(out, tmp_path)
+    expected = loglikelihoods(load_run(directory).trained_model())
+    assert reported.shape == expected.shape == (len(QUESTIONS), 3)
+    near = np.abs(reported - expected) <= 1e-4
+    assert near.sum() >= near.size - 1, (reported, expected)
+    right = expected.argmax(axis=1) == [question["gold"] for question in QUESTIONS]
+    assert accuracy == pytest.approx(right.mean()) and 0 < accuracy < 1
+
+
+def lm_eval(model, folder):
+    """(loglikelihoods of the answers, a question a row; accuracy) of the task `animals`."""
+    offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HOME": str(folder / "home")}
+    command = [
+        sys.executable, "-m", "lm_eval", "--model", "hf", "--model_args", f"pretrained={model}",
+        "--tasks", "animals", "--device", "cpu", "--include_path", str(folder / "tasks"),
+        "--log_samples", "--output_path", str(folder / "found"),
+    ]  # fmt: skip
+    done = subprocess.run(
+        command, env={**os.environ, **offline, "TORCHDYNAMO_DISABLE": "1"}, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (samples,) = (folder / "found").rglob("samples_animals_*.jsonl")
+    (results,) = (folder / "found").rglob("results_*.json")
+    rows = sorted(map(json.loads, samples.read_text().splitlines()), key=lambda row: row["doc_id"])
+    found = [[float(answer[0]) for answer in row["filtered_resps"]] for row in rows]
+    return np.array(found), json.loads(results.read_text())["results"]["animals"]["acc,none"]
+
+
+def loglikelihoods(model):
+    """Ours of every answer after its question, by bytes."""
+    pairs = [
+        (question["query"].encode(), f" {answer}".encode())
+        for question in QUESTIONS
+        for answer in question["choices"]
+    ]
+    assert max(len(query) + len(answer) for query, answer in pairs) <= model.context_length
+    tokens = np.zeros((len(pairs), model.context_length), np.int32)
+    for row, (query, answer) in zip(tokens, pairs, strict=True):
+        row[: len(query) + len(answer)] = list(query + answer)
+    logits = evaluate(model, tokens).astype(np.float64)
+    likely = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+    found = [
+        sum(likely[i, len(query) + j - 1, byte] for j, byte in enumerate(answer))
+        for i, (query, answer) in enumerate(pairs)
+    ]
+    return np.array(found).reshape(len(QUESTIONS), -1)

@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from export_models import WIDE, described, rows, trained
+from export_models import WIDE, described, of_symbols, rows, trained
 
 from bitnet_jax.data.tokenizers import train_tokenizer
 from bitnet_jax.errors import ConfigError
@@ -313,6 +313,12 @@ def test_rounding_of_inputs(size, rounded):
         error = np.abs(found[0, start : start + size] - block)
         assert error.max() <= step * (0.5 + 127 * 2**-11 * (size == 32)) * 1.0001
     assert len(np.unique(np.round(found[1, :size] / np.abs(found[1, :size]).max() * 127, 3))) < 256
+
+
+def test_symbols_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="'synthetic'.*no text.*--format=hf or --format=packed"):
+        gguf.write(of_symbols(**SILU), tmp_path / "model.gguf", gguf.Layout("F32"))
+    assert not list(tmp_path.iterdir())
 
 
 # llama.cpp itself

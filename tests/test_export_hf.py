@@ -4,11 +4,12 @@ import json
 
 import numpy as np
 import pytest
-from export_models import described, rows, trained
+from export_models import described, of_symbols, rows, trained
 
 from bitnet_jax.data.tokenizers import ByteTokenizer, train_tokenizer
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.export import blocks, hf
+from bitnet_jax.export.card import card
 from bitnet_jax.export.clients import able
 from bitnet_jax.export.model import linears
 from bitnet_jax.export.verify import evaluate
@@ -212,6 +213,28 @@ def test_who_can_run_what():
     ]  # fmt: skip
     assert able(described("bf16")) == ["transformers"]
     assert able(described("binary")) == ["transformers", "bitnet.cpp"]
+
+
+def test_symbols_are_their_numbers(tmp_path):
+    """Of a corpus that is no text: the tokenizer, the ends and the card say so."""
+    model = of_symbols()
+    written(model, tmp_path)
+    tokenizer = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    assert tokenizer.get_vocab_size() == model.config.vocab_size == 64
+    assert tokenizer.encode("63 0  7\n12").ids == [63, 0, 7, 12]
+    assert tokenizer.decode([63, 0, 7]) == "63 0 7"
+    for word in ("64", "The", "-1"):
+        with pytest.raises(Exception, match="no symbol|UNK"):
+            tokenizer.encode(word)
+    texts = {name: (tmp_path / name).read_text() for name in ("config.json", "README.md",
+             "tokenizer_config.json", "generation_config.json")}  # fmt: skip
+    for name in ("config.json", "generation_config.json"):
+        ends = json.loads(texts[name])
+        assert ends["bos_token_id"] is ends["eos_token_id"] is None
+    assert not {"bos_token", "eos_token"} & json.loads(texts["tokenizer_config.json"]).keys()
+    assert "symbols of synthetic" in texts["README.md"] and "bytes" not in texts["README.md"]
+    assert 'tokenizer("0 1"' in texts["README.md"]
+    assert "bytes of UTF-8" in card(trained())
 
 
 # transformers itself

@@ -16,6 +16,7 @@ from bitnet_jax.configs.resolve import loop_options, resolve
 from bitnet_jax.data.tokenizers import open_tokenizer, train_tokenizer
 from bitnet_jax.deployed import deploy, deployed_logits
 from bitnet_jax.export import packed
+from bitnet_jax.files import DamagedFile
 from bitnet_jax.generate import (
     LIKELIEST,
     Sampling,
@@ -309,6 +310,28 @@ def test_a_tokenizer_file(tmp_path, capsys):
     shutil.copy(tmp_path / "text.txt", tmp_path / "other.json")
     assert main([*given, f"--tokenizer={tmp_path / 'other.json'}"]) == 2
     assert "not the model's" in capsys.readouterr().err
+
+
+def test_symbols_that_are_no_text(tmp_path, capsys):
+    config = dataclasses.replace(CONFIG, vocab_size=64)
+    params = init_params(config, get_precision("ternary"), jax.random.key(0))
+    model = packed.TrainedModel(config, get_precision("ternary"), params, 16, None, None, {},
+                                "synthetic")  # fmt: skip
+    packed.write(model, tmp_path / "m")
+    found = packed.read(tmp_path / "m")
+    assert found.tokenizer == {"name": "synthetic", "sha256": None} and found.end_of_text is None
+    assert main([f"--packed={tmp_path / 'm'}", "--prompt=the"]) == 2
+    assert "its tokens are symbols of 'synthetic' and no text" in capsys.readouterr().err
+    # Bytes have an end of text.
+    packed.write(dataclasses.replace(model, symbols=None), tmp_path / "bytes")
+    with pytest.raises(DamagedFile, match="end_of_text"):
+        packed.read(tmp_path / "bytes")
+
+
+def test_the_way_of_products_is_checked_first(tmp_path, capsys):
+    assert main([f"--packed={tmp_path}", "--prompt=the", "--products=triton"]) == 2
+    error = capsys.readouterr().err
+    assert "products='triton'" in error and "pallas" in error and error.count("\n") == 1
 
 
 # Activations as they are

@@ -1,24 +1,34 @@
 """Products of packed codes: equal to plain integers and to the training forward, bit for bit."""
 
+import contextlib
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from bitnet_jax import packed_dot
+from bitnet_jax.deployed import deploy
+from bitnet_jax.errors import ConfigError
+from bitnet_jax.generate import decode_step, decoder, prefill
 from bitnet_jax.granularity import Granularity, quantize_kernel
+from bitnet_jax.ladder import LADDER
 from bitnet_jax.matmul import DEPLOYED, Weights, quantized_dots
+from bitnet_jax.model import TransformerConfig, init_params
 from bitnet_jax.packed_dot import (
     FEW_ROWS,
     PLANES,
     RowKernel,
     _quotient,
+    chosen_products,
     deployed_dots,
     pack_kernel,
     packed_products,
     unpack_kernel,
 )
+from bitnet_jax.packed_dot_pallas import place_products
 from bitnet_jax.packing import PACKINGS, fits
 from bitnet_jax.precision import get_precision
 from bitnet_jax.quantize import QUANTIZERS, Quantized, quantize
@@ -99,7 +109,7 @@ ARMS = {
 }
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 3])
+@pytest.mark.parametrize("rows", [1, FEW_ROWS["xla"], FEW_ROWS["xla"] + 3])
 @pytest.mark.parametrize("arm", ARMS)
 def test_three_ways_agree(arm, rows):
     """The training forward, the packed one, and int64 of numpy with the scales applied after."""
@@ -163,3 +173,130 @@ def test_what_is_not_finite_stays_so():
     kernel = pack_kernel(q, precision.weight_quantizer, "2bit")
     (y,) = deployed_dots(jnp.ones((2, 20)).at[0, 3].set(jnp.nan), (kernel,), precision)
     assert jnp.isnan(y[0]).all() and jnp.isfinite(y[1]).all()
+
+
+# The kernel for GPUs, interpreted
+
+
+def both_ways(name, packing, shape, rows, seed=0):
+    """Products by XLA, by Pallas, and of int64, of random codes at both ends of int8."""
+    q, (slices, inputs, _) = kernel_of(name, *shape, seed), shape
+    x = np.random.default_rng(seed).integers(-128, 128, (rows, slices * inputs)).astype(np.int8)
+    kernels = (pack_kernel(q, QUANTIZERS[name], packing, way) for way in ("xla", "pallas"))
+    found = [np.asarray(products(jnp.asarray(x), kernel, name)) for kernel in kernels]
+    sliced = x.reshape(rows, slices, inputs).astype(np.int64)
+    expected = np.einsum("bid,idf->ibf", sliced, np.asarray(q.codes, np.int64))
+    return *found, expected[0] if slices == 1 else expected
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+@pytest.mark.parametrize(
+    "shape,rows",
+    [((1, 1, 1), 1), ((1, 41, 6), 2), ((3, 7, 65), 17), ((2, 701, 70), 64), ((1, 640, 64), 16)],
+)
+def test_the_kernel_for_gpus(packing, shape, rows):
+    """Equal to the bit: tiles that are full, that are not, and several of each axis."""
+    by_xla, by_pallas, expected = both_ways("ternary_absmean", packing, shape, rows)
+    assert by_pallas.dtype == by_xla.dtype == np.int32
+    np.testing.assert_array_equal(by_pallas, by_xla)
+    np.testing.assert_array_equal(by_pallas, expected)
+
+
+@pytest.mark.parametrize("name,packing", PAIRS)
+def test_the_kernel_for_gpus_on_every_grid(name, packing):
+    by_xla, by_pallas, expected = both_ways(name, packing, (2, 37, 5), 3)
+    np.testing.assert_array_equal(by_pallas, by_xla)
+    np.testing.assert_array_equal(by_pallas, expected)
+
+
+WIDTHS = sorted({width for shape in LADDER.values() for width in (shape.width, shape.ff_width)})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("width", WIDTHS)
+def test_the_kernel_for_gpus_at_every_width(width):
+    """Of the ladder, at the largest sums that there are: all codes of x at one end."""
+    random = np.random.default_rng(width)
+    codes = random.integers(-1, 2, (1, width, 5)).astype(np.int8)
+    codes[..., 0] = 1
+    x = np.full((1, width), -128, np.int8)
+    for packing in PACKINGS:
+        kernel = Quantized(jnp.asarray(codes), jnp.ones((1, 1, 1)))
+        kernel = pack_kernel(kernel, QUANTIZERS["ternary_absmean"], packing, "pallas")
+        found = products(jnp.asarray(x), kernel, "ternary_absmean")
+        np.testing.assert_array_equal(found, x.astype(np.int64) @ codes[0].astype(np.int64))
+
+
+def an_h100():
+    """What JAX from 0.11 or so on must be told; before, it took the newest that it knew."""
+    if not hasattr(jax.sharding, "AbstractDevice"):
+        return contextlib.nullcontext()
+    device = jax.sharding.AbstractDevice("NVIDIA H100 80GB HBM3", 132, "gpu")
+    mesh = jax.sharding.AbstractMesh((), (), abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_kernel_is_lowered_for_cuda(packing):
+    """Without a device. Packed bytes go in as they are: no array of their size is wider."""
+    kernel = pack_kernel(kernel_of("ternary_absmean", 2, 401, 70),
+                         QUANTIZERS["ternary_absmean"], packing)  # fmt: skip
+    way = jax.jit(lambda x, packed: place_products(x, packed, PACKINGS[packing]))
+    with an_h100():
+        traced = way.trace(jnp.zeros((3, 2, 401), jnp.int8), kernel.packed)
+        text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    planes, count, outputs = 2 * PLANES, *kernel.packed.shape[2:]
+    assert text.count("__gpu$xla.gpu.triton") == 1
+    assert re.search(
+        rf"tensor<{planes}x{count}x{outputs}xui8>.*-> tensor<{planes}x16x70xi32>", text
+    )
+    assert not re.search(rf"tensor<[0-9x]*{count}x{outputs}x(?!ui8)", text)
+
+
+def test_which_way_products_go(monkeypatch):
+    assert chosen_products("auto") == chosen_products("xla") == "xla"
+    assert chosen_products("pallas") == "pallas", "interpreted, where it is asked for"
+    with pytest.raises(ConfigError, match="products='triton'.*auto, xla, pallas"):
+        chosen_products("triton")
+    for platform, auto in (("gpu", "pallas"), ("tpu", "xla")):
+        monkeypatch.setattr(jax, "default_backend", lambda platform=platform: platform)
+        assert chosen_products("auto") == auto and chosen_products("xla") == "xla"
+    with pytest.raises(ConfigError, match="products='pallas': .*for GPUs; take xla on a tpu"):
+        chosen_products("pallas")
+
+
+@pytest.mark.parametrize("way", ["xla", "pallas"])
+def test_up_to_how_many_rows(way, monkeypatch):
+    """Packed codes are multiplied as they are; above, they are unpacked for all rows."""
+    counted = []
+
+    def counting(x, kernel, quantizer):
+        counted.append(len(x))
+        return packed_products(x, kernel, quantizer)
+
+    monkeypatch.setattr(packed_dot, "packed_products", counting)
+    precision = get_precision("ternary")
+    kernel = pack_kernel(kernel_of("ternary_absmean", 1, 20, 6), precision.weight_quantizer,
+                         "2bit", way)  # fmt: skip
+    for rows in (1, FEW_ROWS[way], FEW_ROWS[way] + 1):
+        jax.eval_shape(lambda x: deployed_dots(x, (kernel,), precision), jnp.ones((rows, 20)))
+    assert counted == [1, FEW_ROWS[way]]
+
+
+@pytest.mark.slow
+def test_a_model_by_either_way():
+    """Its logits are the same to the bit, of a prompt and of the tokens after it."""
+    config = TransformerConfig(vocab_size=16, layers=1, width=32, ff_width=96, heads=2, kv_heads=2)
+    precision = get_precision("ternary")
+    deployed = deploy(init_params(config, precision, jax.random.key(0)), precision)
+    found = []
+    for way in ("xla", "pallas"):
+        model = decoder(config, precision, deployed, "2bit", way)
+        kernels = jax.tree.leaves(model.blocks[0]["codes"], is_leaf=lambda x: hasattr(x, "packed"))
+        assert {kernel.products for kernel in kernels} == {way}
+        caches, logits = jax.jit(functools.partial(prefill, config, precision), static_argnums=2)(
+            model, jnp.asarray([[3, 1, 4, 1, 5, 9]]), 8
+        )
+        step = jax.jit(functools.partial(decode_step, config, precision))
+        found.append((logits, step(model, caches, jnp.asarray([2]))[1]))
+    jax.tree.map(np.testing.assert_array_equal, *found)

@@ -8,7 +8,12 @@ def card(model: TrainedModel) -> str:
     """A model card, Markdown."""
     c, arm = model.config, model.precision
     count = count_parameters(c)
-    tokenizer = "bytes of UTF-8" if model.tokenizer is None else "byte-level BPE"
+    tokenizer, prompt, what = "byte-level BPE", "The", "text"
+    if model.symbols is not None:
+        what = "rows of symbols"
+        tokenizer, prompt = f"none: symbols of {model.symbols}, which is no text, as numbers", "0 1"
+    elif model.tokenizer is None:
+        tokenizer = "bytes of UTF-8"
     rows = {
         "parameters": f"{count.total:,}, {count.non_embedding:,} without embedding and head",
         "shape": f"{c.layers} blocks, width {c.width}, feed-forward {c.ff_width}, {c.heads} heads, "
@@ -29,7 +34,7 @@ pipeline_tag: text-generation
 
 # {name}
 
-A base language model from a scaling-law experiment with bitnet_jax: it continues text.
+A base language model from a scaling-law experiment with bitnet_jax: it continues {what}.
 
 | | |
 |---|---|
@@ -39,7 +44,7 @@ A base language model from a scaling-law experiment with bitnet_jax: it continue
 from transformers import AutoModelForCausalLM, AutoTokenizer
 model = AutoModelForCausalLM.from_pretrained("PATH")
 tokenizer = AutoTokenizer.from_pretrained("PATH")
-inputs = tokenizer("The", return_tensors="pt")
+inputs = tokenizer("{prompt}", return_tensors="pt")
 print(tokenizer.decode(model.generate(**inputs, max_new_tokens=64)[0]))
 ```
 

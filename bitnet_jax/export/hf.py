@@ -141,8 +141,7 @@ def write(model: TrainedModel, directory: Path, layout: Layout) -> None:
         "tokenizer.json": tokenizer_document(model),
         "tokenizer_config.json": {
             "tokenizer_class": "PreTrainedTokenizerFast",
-            "bos_token": end,
-            "eos_token": end,
+            **({} if end is None else {"bos_token": end, "eos_token": end}),
             "clean_up_tokenization_spaces": False,
             "model_max_length": model.context_length,
         },

@@ -24,8 +24,10 @@ class TrainedModel:
     params: float32 masters, the tree of `model.init_params`.
     context_length: positions that it was trained on.
     tokenizer: a file of the `tokenizers` library; None for bytes.
-    end_of_text: the token between documents.
+    end_of_text: the token between documents, if the corpus has any.
     provenance: of the run, for people: run_id, git_commit, corpus and the like.
+    symbols: what the tokens are, where they are neither bytes nor a tokenizer's: a name, such as
+      that of the synthetic language.
     """
 
     config: TransformerConfig
@@ -33,8 +35,9 @@ class TrainedModel:
     params: dict
     context_length: int
     tokenizer: Path | None
-    end_of_text: int
+    end_of_text: int | None
     provenance: dict[str, str]
+    symbols: str | None = None
 
 
 class Linear(NamedTuple):

@@ -93,7 +93,7 @@ class PackedModel:
     floats: str
     context_length: int
     tokenizer: Mapping[str, str | None]
-    end_of_text: int
+    end_of_text: int | None
     provenance: Mapping[str, str]
     sizes: Sizes
 
@@ -180,7 +180,7 @@ def _document(
             "shapes": shapes,
             "context_length": model.context_length,
             "tokenizer": {
-                "name": tokenizer.name if tokenizer else "bytes",
+                "name": tokenizer.name if tokenizer else model.symbols or "bytes",
                 "sha256": sha256_of(tokenizer) if tokenizer else None,
             },
             "end_of_text": model.end_of_text,
@@ -247,7 +247,8 @@ def read(path: Path) -> PackedModel:
         choose("packing", document["packing"], PACKINGS)
         choose("floats", document["floats"], FLOATS)
         _check_words(document)
-        require(document["end_of_text"] < config.vocab_size, "end_of_text", "", "no token")
+        end = document["end_of_text"]
+        require(end is None or end < config.vocab_size, "end_of_text", "", "no token")
         params, codes = _like(config, precision)
         _check_arrays(document, tensors, params, codes)
         model = _model(document, precision, tensors, params, codes)
@@ -344,13 +345,16 @@ def _check_words(document: dict[str, Any]) -> None:
     """What is for people and for the tokenizer."""
     tokenizer, provenance = document["tokenizer"], document["provenance"]
     require(tokenizer.keys() == {"name", "sha256"}, "tokenizer", tokenizer, "other keys")
-    words = [tokenizer["name"], *provenance, *provenance.values()]
+    name = tokenizer["name"]
+    words = [name, *provenance, *provenance.values()]
     require(all(isinstance(word, str) for word in words), "provenance", provenance, "not words")
     digest = tokenizer["sha256"]
     require(digest is None or isinstance(digest, str), "tokenizer", tokenizer, "not a digest")
     for key in ("context_length", "end_of_text"):
         value = document[key]
-        require(type(value) is int and 0 <= value < 2**31, key, value, "it must be a number")
+        none = value is None and key == "end_of_text" and digest is None and name != "bytes"
+        number = type(value) is int and 0 <= value < 2**31
+        require(none or number, key, value, "it must be a number")
 
 
 def _like(config: TransformerConfig, precision: Precision) -> tuple[dict, dict[str, Quantized]]:

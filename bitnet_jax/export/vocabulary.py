@@ -19,9 +19,14 @@ def byte_characters() -> list[str]:
 
 
 def tokenizer_document(model: TrainedModel) -> dict[str, Any]:
-    """The content of a `tokenizer.json`: the run's own file, or one that makes bytes of text."""
+    """The content of a `tokenizer.json`: the run's own file, or one that makes bytes of text.
+
+    Symbols that are no text are written as their numbers, with spaces between them.
+    """
     if model.tokenizer is not None:
         return json.loads(model.tokenizer.read_text(encoding="utf-8"))
+    if model.symbols is not None:
+        return _numbers(model.config.vocab_size)
     # The character NUL is found in the text itself, before bytes become characters, so that the
     # character of byte 0 is in no one's way.
     names = [NUL, *byte_characters()[1:]]
@@ -51,8 +56,29 @@ def tokenizer_document(model: TrainedModel) -> dict[str, Any]:
     }
 
 
-def end_of_text(model: TrainedModel) -> str:
-    """The text of the token between documents, as `tokenizer_document` spells it."""
+def _numbers(count: int) -> dict[str, Any]:
+    """A word that is no number below `count` is an error of the client's, not another symbol."""
+    return {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "WhitespaceSplit"},
+        "post_processor": None,
+        "decoder": None,
+        "model": {
+            "type": "WordLevel",
+            "vocab": {str(symbol): symbol for symbol in range(count)},
+            "unk_token": "no symbol",
+        },
+    }
+
+
+def end_of_text(model: TrainedModel) -> str | None:
+    """The text of the token between documents, if any, as `tokenizer_document` spells it."""
+    if model.end_of_text is None:
+        return None
     return NUL if model.tokenizer is None else END_OF_TEXT
 
 
@@ -73,8 +99,14 @@ def vocabulary(model: TrainedModel) -> Vocabulary:
     """The run's tokenizer as a GGUF file holds it.
 
     Raises:
-      ConfigError: it is no byte-level BPE of GPT-2's kind, the only one that can be told of here.
+      ConfigError: it is no byte-level BPE of GPT-2's kind, the only one that can be told of here,
+        or the tokens are no text.
     """
+    if model.symbols is not None:
+        raise ConfigError(
+            f"corpus {model.symbols!r}: its tokens are symbols and no text, and a GGUF file "
+            "describes a tokenizer of text; export it with --format=hf or --format=packed"
+        )
     if model.tokenizer is None:
         # Clients want merges, and the library writes no empty list. No text has these two tokens.
         never = f"{END_OF_TEXT} {END_OF_TEXT}"

@@ -4,6 +4,7 @@
     python -m experiments.benchmark --suite=step --arms=ternary,ternary:int8,bf16 --layers=4
     python -m experiments.benchmark --suite=step --peer=torch --json
     python -m experiments.benchmark --suite=parts --arms=ternary --out=parts.json
+    python -m experiments.benchmark --suite=decode --peer=llama.cpp --sizes=60m
     python -m experiments.benchmark --suite=data,startup
 
 Suites:
@@ -94,7 +95,7 @@ def _run(arguments: list[str]) -> int:
     if options.out:
         _check_writable(options.out)
     for name in workload.peers:
-        peers.load(name, workload)  # what is missing is said before anything is measured
+        peers.check(name, workload)  # what is missing is said before anything is measured
         # Two libraries on one GPU: JAX must not take three quarters of its memory beforehand.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     facts, result = environment(arguments), Result()
@@ -135,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
         default=",".join(default.arms),
         help="ternary:int8 names the dtype of an arm's integer product",
     )
-    parser.add_argument("--peer", default="", help=f"suite step: {', '.join(peers.PEERS)}")
+    parser.add_argument("--peer", default="", help=_peers_help())
     for flag, text in {
         "sequence_length": "tokens a row",
         "batch_tokens": "tokens a step",
@@ -151,14 +152,23 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _peers_help() -> str:
+    """The peers of each suite that has some."""
+    by_suite: dict[str, list[str]] = {}
+    for name, home in peers.PEERS.items():
+        by_suite.setdefault(home.suite, []).append(name)
+    return "; ".join(f"suite {suite}: {', '.join(names)}" for suite, names in by_suite.items())
+
+
 def _suites(options: argparse.Namespace) -> tuple[str, ...]:
     suites = _names(options.suite)
     require(len(suites) > 0, "suite", options.suite, f"name one of {', '.join(SUITES)}")
     for name in suites:
         choose("suite", name, SUITES)
-    require(
-        "step" in suites or not options.peer, "peer", options.peer, "only the suite step has peers"
-    )
+    for name in _names(options.peer):
+        choose("peer", name, peers.PEERS)
+        suite = peers.PEERS[name].suite
+        require(suite in suites, "peer", name, f"it goes with --suite={suite}")
     return suites
 
 

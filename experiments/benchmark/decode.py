@@ -4,6 +4,7 @@ Every token of a lone text reads all weights once, so that memory's bandwidth is
 that stay in a cache may lie below it.
 """
 
+import dataclasses
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -12,21 +13,36 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int32
 
 from bitnet_jax.deployed import deploy
 from bitnet_jax.generate import LIKELIEST, Decoder, continued, decoder, prefill
-from bitnet_jax.model import init_params
+from bitnet_jax.model import TransformerConfig, init_params
 from bitnet_jax.precision import get_precision
+from experiments.benchmark import peers
 from experiments.benchmark.result import Result
 from experiments.benchmark.timing import Case, Ratio, interleave, ratio, spread
 from experiments.benchmark.workload import Workload
 
-# The arm and, of trits, how they are packed; the first is what the others are compared with.
+
+class Held(NamedTuple):
+    """The arm and, of trits, how they are packed and multiplied."""
+
+    arm: str
+    packing: str | None = None
+    products: str = "xla"
+
+
+# The first is what the others are compared with.
 CASES = {
-    "float32": ("fp32", None),
-    "bfloat16": ("bf16", None),
-    "2bit": ("ternary", "2bit"),
-    "base3": ("ternary", "base3"),
+    "float32": Held("fp32"),
+    "bfloat16": Held("bf16"),
+    "2bit": Held("ternary", "2bit"),
+    "base3": Held("ternary", "base3"),
+}
+ON_GPU = {
+    "2bit_pallas": Held("ternary", "2bit", "pallas"),
+    "base3_pallas": Held("ternary", "base3", "pallas"),
 }
 PROMPT = 8  # tokens
 STEPS = 16  # a call
@@ -43,6 +59,11 @@ class Decoding(NamedTuple):
     weight_bytes: int
 
 
+def cases() -> dict[str, Held]:
+    """Those of the device."""
+    return CASES | ON_GPU if jax.default_backend() == "gpu" else CASES
+
+
 def run(workload: Workload, say: Callable[[str], None]) -> Result:
     """Every size; greedy, one text, a cache of sequence_length positions."""
     result = Result(
@@ -52,35 +73,71 @@ def run(workload: Workload, say: Callable[[str], None]) -> Result:
             "in a cache may be faster"
         ]
     )
+    if peers.of_suite("decode", workload.peers):
+        result.notes.append("every case: a SiLU gate and a tied head, which the peer has built in")
     for size in workload.sizes:
         result.add(_measure(workload, size, say))
     return result
 
 
+def model_config(workload: Workload, size: str) -> TransformerConfig:
+    """The size's model; beside a peer, one that the peer computes too."""
+    config = workload.model(size)
+    if peers.of_suite("decode", workload.peers):
+        config = dataclasses.replace(config, activation="silu", tied_embeddings=True)
+    return config
+
+
+def initial_params(config: TransformerConfig, arm: str) -> dict:
+    """What every measurement of a config starts from, of an arm."""
+    return jax.jit(partial(init_params, config, get_precision(arm)))(jax.random.key(0))
+
+
+def prompt(vocab_size: int) -> Int32[np.ndarray, "T"]:
+    """What the tokens that are measured go on from."""
+    return np.arange(PROMPT, dtype=np.int32) % vocab_size
+
+
+def positions(workload: Workload) -> int:
+    """That a cache has room for."""
+    return max(workload.sequence_length, PROMPT + STEPS)
+
+
 def _measure(workload: Workload, size: str, say: Callable[[str], None]) -> Result:
-    decodings = {}
-    for name, (arm, packing) in CASES.items():
+    decodings, rivals = {}, dict[str, peers.Rival]()
+    for name, held in cases().items():
         say(f"{size} {name}: compiling")
-        decodings[name] = _decoding(workload, size, arm, packing)
+        decodings[name] = _decoding(workload, size, held)
+    for peer in peers.of_suite("decode", workload.peers):
+        say(f"{size} {peer}: loading")
+        rivals.update(peers.load_decoding(peer, workload)(workload, size))
+    decodings |= {name: Decoding(own.call, own.weight_bytes) for name, own in rivals.items()}
     say(f"{size}: {workload.repeats} rounds")
-    cases = {name: decoding.call for name, decoding in decodings.items()}
-    seconds = interleave({**cases, "bandwidth": _reading()}, workload.repeats, AT_LEAST)
+    calls = {name: decoding.call for name, decoding in decodings.items()}
+    seconds = interleave({**calls, "bandwidth": _reading()}, workload.repeats, AT_LEAST)
     rates = [BANDWIDTH_BYTES / each for each in seconds.pop("bandwidth")]
     tokens = {name: [each / STEPS for each in turns] for name, turns in seconds.items()}
     rows = [
         _row(size, name, tokens[name], decoding.weight_bytes, statistics.median(rates))
         for name, decoding in decodings.items()
     ]
-    return Result(_ratios(workload, size, tokens, decodings, rates), rows, [])
+    ratios = _ratios(workload, size, tokens, decodings, rates)
+    ratios |= {
+        f"decode_time/{own.case}/{name}{workload.suffix(size)}": ratio(
+            tokens[own.case], tokens[name], own.goal
+        )
+        for name, own in rivals.items()
+    }
+    notes = dict.fromkeys(note for own in rivals.values() for note in own.notes)
+    return Result(ratios, rows, list(notes))
 
 
-def _decoding(workload: Workload, size: str, arm: str, packing: str | None) -> Decoding:
-    config, precision = workload.model(size), get_precision(arm)
-    params = jax.jit(partial(init_params, config, precision))(jax.random.key(0))
-    model = decoder(config, precision, deploy(params, precision), packing)
-    prompt = jnp.asarray(np.arange(PROMPT, dtype=np.int32)[None] % config.vocab_size)
+def _decoding(workload: Workload, size: str, held: Held) -> Decoding:
+    config, precision = model_config(workload, size), get_precision(held.arm)
+    deployed = deploy(initial_params(config, held.arm), precision)
+    model = decoder(config, precision, deployed, held.packing, held.products)
     caches, logits = jax.jit(partial(prefill, config, precision), static_argnums=2)(
-        model, prompt, max(workload.sequence_length, PROMPT + STEPS)
+        model, jnp.asarray(prompt(config.vocab_size)[None]), positions(workload)
     )
     first, keys = jnp.argmax(logits, axis=1).astype(jnp.int32), jax.random.split(jax.random.key(0))
 
@@ -134,11 +191,11 @@ def _ratios(
     rates: list[float],
 ) -> dict[str, Ratio]:
     """Times over float32's, and each one's floor over its time."""
-    suffix, (base, *others) = workload.suffix(size), CASES
+    suffix, (base, *others) = workload.suffix(size), cases()
     wide = workload.model(size).width >= GOAL_WIDTH and jax.default_backend() == "cpu"
     ratios = {}
     for name in others:
-        goal = GOAL if wide and CASES[name][1] else None
+        goal = GOAL if wide and CASES[name].packing else None
         ratios[f"decode_time/{name}/{base}{suffix}"] = ratio(seconds[name], seconds[base], goal)
     for name, decoding in decodings.items():
         floors = [decoding.weight_bytes / rate for rate in rates]

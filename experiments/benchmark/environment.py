@@ -30,7 +30,7 @@ def environment(arguments: Sequence[str]) -> dict[str, Any]:
         "device_count": jax.device_count(),
         "device_memory_bytes": (device.memory_stats() or {}).get("bytes_limit"),
         **_gpu(device.platform),
-        "cores": _cores(),
+        "cores": cores(),
         "memory_bytes": _memory(),
         "load_average": _load(),
         **{name: os.environ.get(name) for name in VARIABLES},
@@ -65,12 +65,12 @@ def _output(*command: str) -> str | None:
         return None
 
 
-def _cores() -> int | None:
-    """Those that this process may use."""
+def cores() -> int:
+    """Those that this process may use, as many as XLA's CPU backend has threads."""
     try:
         return len(os.sched_getaffinity(0))
     except AttributeError:  # not on every system
-        return os.cpu_count()
+        return os.cpu_count() or 1
 
 
 def _memory() -> int | None:

@@ -83,7 +83,7 @@ def _measure(workload: Workload, size: str, say: Say) -> Result:
         programs[arm] = compile_step(config, workload.batch_shape())
         cases[arm] = Training(config, programs[arm], tokens)
     rivals = {}
-    for name in workload.peers:
+    for name in peers.of_suite("step", workload.peers):
         say(f"{size} {name}: compiling")
         rivals.update(peers.load(name, workload)(workload, size, tokens))
     cases.update({name: rival.step for name, rival in rivals.items()})

@@ -27,7 +27,7 @@ class Workload:
     batch_tokens: a step's, in rows of sequence_length, cut into so many microbatches.
     layers: in place of the size's own, so that a wide model is measured in little time.
     attention: how ours is computed, a name in `bitnet_jax/attention.py`.
-    peers: names of other people's code, which the suite `step` measures too.
+    peers: names of other people's code, which the suites `step` and `decode` measure too.
 
     Raises:
       ConfigError: what is unknown, or does not fit together.
