@@ -38,6 +38,7 @@ failed; 2, 130 and 143 as above.
 
 import contextlib
 import logging
+import os
 import shlex
 import shutil
 import signal

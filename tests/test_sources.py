@@ -1,6 +1,8 @@
 """What the sources may not do: turn data into code."""
 
 import ast
+import builtins
+import symtable
 from pathlib import Path
 
 import pytest
@@ -84,6 +86,30 @@ def _is_module(name):
 
 def sources():
     return sorted(path for tree in TREES for path in (ROOT / tree).rglob("*.py"))
+
+
+def undefined(text):
+    """Names that a module reads and nothing defines. Style and type checkers are told not to look,
+    since jaxtyping's axes look like names to them."""
+    module = symtable.symtable(text, "module", "exec")
+    known = {s.get_name() for s in module.get_symbols() if s.is_assigned() or s.is_imported()}
+    known |= {*dir(builtins), "__file__", "__doc__"}
+    scopes = [module]
+    while scopes:
+        scope = scopes.pop()
+        scopes += scope.get_children()
+        for symbol in scope.get_symbols():
+            here = scope is module or symbol.is_global()
+            if here and symbol.is_referenced() and symbol.get_name() not in known:
+                yield symbol.get_name()
+
+
+def test_every_name_is_defined():
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    for path in [*sources(), *tests]:
+        assert list(undefined(path.read_text())) == [], path
+    assert list(undefined("def f():\n    return os.devnull, len")) == ["os"]
+    assert list(undefined("import os\nx: 'Float[Array, \"B\"]' = os.devnull\n")) == []
 
 
 def test_nothing_that_is_read_becomes_code():
