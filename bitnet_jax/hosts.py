@@ -6,6 +6,8 @@ decides anything. The first process writes; the others write nothing but their p
 """
 
 import hashlib
+import os
+import re
 
 import jax
 import numpy as np
@@ -25,20 +27,30 @@ def start(distributed: str, processes: int, process: int) -> None:
     Raises:
       ConfigError: what is said does not fit together, or the others cannot be reached.
     """
-    place: dict[str, object] = {}
+    place: dict[str, object] = {"local_device_ids": _slurm_devices()}
     if distributed != "auto":
         host, colon, port = distributed.rpartition(":")
         right = "give auto, or HOST:PORT of the first process"
         require(bool(host and colon) and port.isdecimal(), "--distributed", distributed, right)
         require(processes >= 1, "--processes", processes, "say how many there are")
         require(0 <= process < processes, "--process", process, f"of 0 to {processes - 1}")
-        place = {"coordinator_address": distributed, "num_processes": processes}
-        place["process_id"] = process
+        place = {"coordinator_address": distributed, "num_processes": processes,
+                 "process_id": process}  # fmt: skip
     try:
         jax.distributed.initialize(**place, initialization_timeout=TIMEOUT)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"--distributed={shown(distributed)}: {reason}") from error
+
+
+def _slurm_devices() -> list[int] | None:
+    """All GPUs of a node for the one process that Slurm started there; JAX would give it the first.
+
+    None where JAX knows, and where there are no GPUs.
+    """
+    gpus = os.environ.get("SLURM_GPUS_ON_NODE", "")
+    alone = re.fullmatch(r"1(\(x\d+\))?", os.environ.get("SLURM_STEP_TASKS_PER_NODE", ""))
+    return list(range(int(gpus))) if alone and gpus.isdecimal() else None
 
 
 def several() -> bool:

@@ -43,6 +43,8 @@ def prepared(plan: Plan, config: ConfigDict, argv: Sequence[str]) -> tuple[slurm
     wanted = dataclasses.replace(wanted, workers=max(1, min(wanted.workers, left)))
     command = [sys.executable, "-m", "experiments.run", "--sweep", "--worker",
                f"--workdir={directory.parent}", *worker_flags(argv)]  # fmt: skip
+    if wanted.processes > 1:
+        command.append("--distributed=auto")
     return wanted, slurm.script(wanted, directory, Path.cwd(), command)
 
 

@@ -253,7 +253,7 @@ REFUSED = [
     ("gpus=-1", "slurm.gpus=-1: it must lie in [0, 64]"),
     ("cpus=0", "slurm.cpus=0: it must lie in [1, 4096]"),
     ("nodes=2", "slurm.nodes=2: it must be at most slurm.processes=1"),
-    ("processes=2", "slurm.processes=2: a run trains in one process so far; give 1"),
+    ("processes=2", "slurm.processes=2: it must divide the 1 devices of mesh.data * mesh.tensor"),
     ("minutes=soon", "config.slurm.minutes='soon': it must be of type int"),
 ]
 

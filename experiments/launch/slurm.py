@@ -110,7 +110,7 @@ def options(config: ConfigDict) -> Options:
     """The section of a config.
 
     Raises:
-      ConfigError: a value that cannot work, or a gang.
+      ConfigError: a value that cannot work.
     """
     section = config.slurm
     for key, most in MOST.items():
@@ -125,8 +125,11 @@ def options(config: ConfigDict) -> Options:
         value = section[key]
         fits = value is None or re.fullmatch(pattern, value, re.ASCII) is not None
         require(fits, f"slurm.{key}", value, right)
-    alone = "a run trains in one process so far; give 1, and more slurm.workers to share the runs"
-    require(section.processes == 1, "slurm.processes", section.processes, alone)
+    devices = config.mesh.data * config.mesh.tensor
+    right = (
+        f"it must divide the {devices} devices of mesh.data * mesh.tensor, which a run is cut over"
+    )
+    require(devices % section.processes == 0, "slurm.processes", section.processes, right)
     spread = f"it must be at most slurm.processes={section.processes}"
     require(section.nodes <= section.processes, "slurm.nodes", section.nodes, spread)
     return Options(**section.to_dict(), failures=failures_allowed(config))

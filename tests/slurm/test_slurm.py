@@ -6,8 +6,11 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import pandas as pd
@@ -163,6 +166,49 @@ def test_a_disturbed_sweep_ends_with_the_undisturbed_ones_endpoints(
     assert os.listdir(folder / "leases") == []
     assert not list(folder.glob("runs/*/failures.json"))
     print(f"submission to results: {time.monotonic() - began:.0f} s")
+
+
+def rank(number, folder):
+    """The pid of a process of the gang that trains in a folder."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (process / "environ").read_bytes().split(b"\0")
+            command = (process / "cmdline").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        mine = f"--workdir={folder.parent}".encode() in command and command[0] != b"srun"
+        if mine and f"SLURM_PROCID={number}".encode() in environment:
+            return int(process.name)
+    return None
+
+
+def test_a_gang_goes_on_when_one_of_its_processes_is_killed(cluster, tiny_overrides, tmp_path):
+    """A process on each of two nodes; to the bits of two started by hand and left alone."""
+    file = tmp_path / "gang.py"
+    overrides = {**tiny_overrides, "train.tokens": (128 * 80, 128 * 160),
+                 "log.every": 5, "checkpoint.seconds": 0.5, "mesh.data": 2}  # fmt: skip
+    file.write_text(SWEEP.format(overrides=overrides).replace("(0, 1, 2, 3)", "(0,)").replace(
+        '("ternary", "fp16")', '("ternary",)'))  # fmt: skip
+    sweep = ["--sweep", f"--config={file}"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        address = f"--distributed=127.0.0.1:{probe.getsockname()[1]}"
+    command = [sys.executable, "-m", "experiments.run", *sweep, "--worker", address,
+               "--processes=2", f"--workdir={tmp_path / 'alone'}"]  # fmt: skip
+    pair = [subprocess.Popen([*command, f"--process={i}"]) for i in (0, 1)]
+    assert [process.wait(240) for process in pair] == [0, 0]
+    folder = tmp_path / "slurm" / "tiny"
+    given = ["run", *sweep, f"--workdir={folder.parent}", "--launcher=slurm",
+             "--config.slurm.processes=2", "--config.slurm.nodes=2",
+             "--config.slurm.minutes=10"]  # fmt: skip
+    assert main(given) == 0
+    wait(lambda: grows(folder), "the gang does not train")
+    os.kill(rank(1, folder), signal.SIGKILL)
+    wait(lambda: list(folder.glob("runs/*/summary.json")), "it does not go on", 240)
+    logs = [next(place.glob("runs/*/metrics.jsonl")).read_bytes()
+            for place in (folder, tmp_path / "alone" / "tiny")]  # fmt: skip
+    assert logs[0] == logs[1] and logs[0].count(b"\n") > 160 / 5
+    wait(lambda: not list(folder.glob("leases/*")), "it does not end")
 
 
 def test_cancel_takes_the_sweeps_jobs_and_no_others(cluster, flags, tmp_path, capsys):
