@@ -82,19 +82,19 @@ if TYPE_CHECKING:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plan, train, report. A user's mistake is one line on stderr and status 2."""
-    argv = list(sys.argv if argv is None else argv)
-    if command_line.asks_for_help(argv):
-        print(__doc__ + command_line.HELP)
-        return 0
-    quiet_libraries()
     try:
+        argv = list(sys.argv if argv is None else argv)
+        if command_line.asks_for_help(argv):
+            print(__doc__ + command_line.HELP)
+            return 0
+        quiet_libraries()
         return _run(argv)
     except _Stopped as stopped:
         return stopped.status
     except (ConfigError, data.DataError) as error:
         print(f"error: {one_line(error)}", file=sys.stderr)
         return 2
-    except KeyboardInterrupt:  # before the training, or while its results are written
+    except KeyboardInterrupt:  # at any time but while it trains
         print("interrupted; all is saved. To go on, give the same command again", file=sys.stderr)
         return 128 + signal.SIGINT
 

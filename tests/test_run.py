@@ -397,7 +397,7 @@ def test_stop_request_and_dry_run_of_an_interrupted_run(single, tmp_path, monkey
     assert (table_of(tmp_path)["status"] == "ok").all()
 
 
-@pytest.mark.parametrize("when", ["make_plan", "collect"])
+@pytest.mark.parametrize("when", ["quiet_libraries", "make_plan", "collect"])
 def test_ctrl_c_before_and_after_the_training(single, tmp_path, monkeypatch, capsys, when):
     """One line and its status, whenever it comes."""
 
