@@ -157,13 +157,17 @@ def _choose_packing(precision: Precision, packing: str | None) -> str:
     return packing
 
 
+# How a product is computed and its operands travel: equal bit for bit, so no part of a model.
+_NOT_THE_MODEL = ("carrier", "wire")
+
+
 def _document(
     model: TrainedModel, packing: str, floats: str, shapes: dict, tensors: dict[str, np.ndarray]
 ) -> dict[str, Any]:
     precision = {
         field.name: getattr(model.precision, field.name)
         for field in dataclasses.fields(model.precision)
-        if field.name != "carrier"
+        if field.name not in _NOT_THE_MODEL
     }
     tokenizer = model.tokenizer
     return sealed(
