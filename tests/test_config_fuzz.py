@@ -331,14 +331,15 @@ def test_a_damaged_summary_of_another_sweep(flags, capsys, tmp_path, text):
 
 
 def test_more_than_the_memory_is_refused_before_it_is_taken(flags, capsys, tmp_path):
-    """Only to train: a plan may be for another machine. Linux would kill the process."""
+    """By a dry run, too, unless the plan is for another machine. Linux would kill the process."""
     argv = ["run", *flags, "--config.model.ff_width=1000000000", f"--workdir={tmp_path / 'w'}"]
-    assert run.main([*argv, "--dry_run"]) == 0
+    assert run.main([*argv, "--dry_run", "--config.launch.device_memory_gb=10000"]) == 0
     capsys.readouterr()
-    assert run.main(argv) == 2
-    error = capsys.readouterr().err
-    assert "ff_width1000000000" in error and "GB, where this machine has" in error
-    assert error.count("\n") == 1 and not (tmp_path / "w").exists()
+    for also in ([], ["--dry_run"]):
+        assert run.main([*argv, *also]) == 2
+        error = capsys.readouterr().err
+        assert "ff_width1000000000" in error and "GB, where a device has" in error
+        assert error.count("\n") == 1 and not (tmp_path / "w").exists()
 
 
 # What sweeps and config files set, which are Python
