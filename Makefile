@@ -18,7 +18,7 @@ quickstart: $(VENV)/installed
 	$(RUN) -m experiments.run --sweep
 
 test: $(VENV)/installed-test
-	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .

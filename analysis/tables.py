@@ -406,7 +406,7 @@ def paired_differences(frame: pd.DataFrame, baseline: str, treatment: str) -> pd
     keys = ["size", "tokens", "seed"]
     if "variant" in frame:
         keys.append("variant")
-        frame = frame.assign(variant=frame["variant"].fillna(""))
+        frame = frame.assign(variant=frame["variant"].astype(object).fillna(""))
     kept = finished(frame)[[*keys, "precision", "loss", "loss_stderr"]]
     best = kept.sort_values("loss").drop_duplicates([*keys, "precision"]).sort_values(keys)
     left, right = (

@@ -43,6 +43,15 @@ TINY = {
 }
 
 
+# Files of few, long tests begin first, so that none is left for the end, when other workers idle.
+LONG = ("test_torture.py", "test_slurm.py", "test_mesh.py", "test_hosts.py")
+
+
+def pytest_collection_modifyitems(items):
+    """The rest stays in its order."""
+    items.sort(key=lambda item: item.path.name not in LONG)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def bounded_memory():
     """Compiled programs are dropped between files once they fill gigabytes; the disk keeps them."""
