@@ -22,7 +22,8 @@ ROOT = Path(__file__).parent.parent
 DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
-Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR  --dry_run
+Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR
+       --dry_run [--planned=FILE.csv]
        --worker  --launcher=slurm|k8s [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
        --distributed=auto|HOST:PORT [--processes=N --process=I]
 Every key and what it means: {DEFAULT_RUN.relative_to(ROOT)}"""
@@ -34,8 +35,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """sweep, dry_run, worker, launcher, status, cancel, workdir, reproduce and config of a command
-    line.
+    """sweep, dry_run, planned, worker, launcher, status, cancel, workdir, reproduce and config of a
+    command line.
 
     Raises:
       ConfigError: a missing config file or one that lacks keys, an unknown flag or key, a value of
@@ -48,6 +49,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     values = flags.FlagValues()
     flags.DEFINE_bool("sweep", False, "run the sweep of the config file", flag_values=values)
     flags.DEFINE_bool("dry_run", False, "print the plan, train nothing", flag_values=values)
+    flags.DEFINE_string("planned", None, "a table of planned endpoints", flag_values=values)
     flags.DEFINE_bool("worker", False, "train what others do not, then leave", flag_values=values)
     flags.DEFINE_string("launcher", "local", "who trains: local, slurm or k8s", flag_values=values)
     flags.DEFINE_bool("status", False, "show the launcher's jobs and the runs", flag_values=values)
@@ -81,6 +83,9 @@ def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     of_sweeps = [*(["worker"] if values.worker else []), *of_jobs]
     if values.launcher != "local":
         of_sweeps.append(f"launcher={values.launcher}")
+    elsewhere = values.launcher != "local" or values.reproduce is not None
+    if values.planned is not None and (elsewhere or not values.dry_run):
+        raise ConfigError("--planned: only with --dry_run, and neither --launcher nor --reproduce")
     if values.reproduce is not None:
         sweeping = ["--sweep"] if values.sweep else []
         for flag in (*sweeping, *(f"--{name}" for name in of_sweeps), *configured):

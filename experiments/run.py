@@ -9,6 +9,8 @@ With --sweep: every run that the config file's `sweep` yields, then endpoints.pa
 figures/ and report.html. Without: the one run that the config describes. What is finished is
 skipped, what was interrupted goes on. The same command given several times at once, on one machine
 or on several that share the workdir, shares the runs out; each ends when all are finished.
+With --dry_run: shows the plan and trains nothing; --planned=FILE.csv also writes the planned
+endpoints, for analysis.predict.
 
 With --worker as well: only trains, as one of any number of workers, and leaves when nothing is left
 that others who live do not have. What fails is tried again, until it has failed launch.failures
@@ -73,6 +75,7 @@ from experiments.estimate import flops_per_second
 from experiments.launch import gang, kubectl, slurm
 from experiments.launch.local import StopRequest, alone, train_all, work
 from experiments.plan import Plan, load_points, make_plan
+from experiments.planned import write_planned
 
 # The analysis, its figures and pandas are imported where results are written: half of the time to
 # start is theirs, and a worker needs none of them.
@@ -134,6 +137,9 @@ def _run(argv: list[str]) -> int:
     if flags.dry_run:
         display.show_plan(screen, plan, *flops_per_second(plan))
         device_memory.check(plan)
+        if flags.planned is not None:
+            count, path = write_planned(plan, Path(flags.planned)), flags.planned
+            screen.print(f"{count} planned endpoints: {path}", soft_wrap=True, markup=False)
         return 0
     if not hosts.first():
         return _follow(plan, command)
