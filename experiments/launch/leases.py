@@ -180,9 +180,7 @@ class Leases:
                     taken.append(self._take(name))
                 self._keep_alive()
             except BaseException as error:
-                for lease in taken:
-                    lease.record["orphaned"] = lease.orphaned
-                    self.release(lease, done=False)
+                self.give_back(taken)
                 if isinstance(error, Unreachable):
                     raise Held(str(error)) from error  # to be tried again
                 if isinstance(error, OSError):
@@ -244,6 +242,12 @@ class Leases:
                 pass  # taken over, or left for the next claimant to find dead
             finally:
                 lease.handle.close()
+
+    def give_back(self, leases: Iterable[Lease]) -> None:
+        """Release what was claimed and not begun: the next claimant is told what this one was."""
+        for lease in leases:
+            lease.record["orphaned"] = lease.orphaned
+            self.release(lease, done=False)
 
     def holder(self, name: str) -> str | None:
         """Who has a run: host and process, be it that it has died on another machine; or None."""

@@ -22,7 +22,7 @@ SCHEMES = ("gs", "s3", "az", "file")
 PATIENCE = datetime.timedelta(seconds=30)  # with one request, retries included
 
 
-class Unreachable(OSError):
+class Unreachable(OSError, ConfigError):
     """The store did not answer, or not with what was asked for. What is there is not known."""
 
 
