@@ -18,7 +18,7 @@ SCHEMA_VERSION = 2
 DIGEST = "sha256"
 
 # What a process that was killed leaves of `replacing`, and of orbax's like of it.
-_TORN = re.compile(r"\..+\.[0-9a-f]{32}|.+\.orbax-checkpoint-tmp.*", re.DOTALL)
+TORN = re.compile(r"\..+\.[0-9a-f]{32}|.+\.orbax-checkpoint-tmp.*", re.DOTALL)
 
 
 class DamagedFile(ConfigError):
@@ -81,7 +81,7 @@ def remove_torn(directory: Path) -> None:
     if not directory.is_dir():
         return
     for path in directory.iterdir():
-        if not _TORN.fullmatch(path.name):
+        if not TORN.fullmatch(path.name):
             continue
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

@@ -26,7 +26,7 @@ from experiments.plan import ABSENT, Plan, PlannedRun
 from experiments.summary import read_summary
 
 # Flags that are the submission's own; the first have a value.
-_VALUED = {"launcher", "workdir"}
+_VALUED = {"launcher", "workdir", "scratch"}
 _SWITCHES = {"sweep", "dry_run", "worker", "status", "cancel"}
 
 
@@ -154,7 +154,8 @@ def run_state(plan: Plan, run: PlannedRun) -> tuple[str, str]:
     except (DamagedFile, KeyError):
         return "waiting", "its summary is damaged"
     known = read_failures(run.directory)
-    holder = Leases(plan.directory / "leases").holder(run.spec.run_id)
+    leases = plan.mirror.leases() if plan.mirror else Leases(plan.directory / "leases")
+    holder = leases.holder(run.spec.run_id)
     if holder is not None:
         return "running", holder
     if known.given_up:

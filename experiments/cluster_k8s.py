@@ -34,12 +34,15 @@ def prepared(plan: Plan, config: ConfigDict, argv: Sequence[str], config_file: s
     Raises:
       ConfigError: options, a file or a corpus that cannot work.
     """
-    options = k8s.options(config)
-    _check_corpus(str(config.data.source), options.mount)
+    url = None if plan.mirror is None else plan.mirror.store.url.rpartition("/")[0]
+    options = k8s.options(config, url)
+    _check_corpus(str(config.data.source), options)
     left = sum(not run.finished for run in plan.runs)
     options = dataclasses.replace(options, workers=max(1, min(options.workers, left)))
+    scratch = [f"--scratch={options.mount}"] if url else []
     command = ["python", "-m", "experiments.run", "--sweep", "--worker",
-               f"--workdir={options.mount}", f"--config={in_image(config_file, ROOT)}",
+               f"--workdir={url or options.mount}", *scratch,
+               f"--config={in_image(config_file, ROOT)}",
                *cluster.worker_flags(argv, but=("config",))]  # fmt: skip
     return Wanted(options, k8s.sweep_id(options, plan.name), command)
 
@@ -60,9 +63,12 @@ def in_image(config_file: str, root: Path) -> str:
     return f"{resolved.relative_to(root.resolve()).as_posix()}{colon}{argument}"
 
 
-def _check_corpus(source: str, mount: str) -> None:
-    right = (f"pods have {', '.join(BUILT_IN)}, and what is in k8s.mount={mount!r}; prepare it "
-             "there, with the claim mounted here at the same path")  # fmt: skip
+def _check_corpus(source: str, options: k8s.Options) -> None:
+    mount, right = options.mount, f"pods have {', '.join(BUILT_IN)}"
+    if options.url is not None:
+        return require(source in BUILT_IN, "data.source", source, f"{right}, and no files")
+    right += (f", and what is in k8s.mount={mount!r}; prepare it "
+              "there, with the claim mounted here at the same path")  # fmt: skip
     inside = PurePosixPath(source).is_relative_to(mount) and ".." not in source.split("/")
     require(source in BUILT_IN or inside, "data.source", source, right)
 
@@ -89,7 +95,7 @@ def submit(screen: Console, plan: Plan, wanted: Wanted) -> None:
     found = kubectl.jobsets(wanted.options, wanted.sweep)
     number = 1 + max((kubectl.submission(one.name) for one in found), default=0)
     path = plan.directory / "k8s" / f"{wanted.sweep}-{number}.yaml"
-    path.parent.mkdir(exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     manifest = k8s.manifest(wanted.options, plan.name, number, wanted.command)
     with replacing(path) as temporary:
         temporary.write_text(manifest)

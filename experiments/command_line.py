@@ -16,13 +16,14 @@ from ml_collections import ConfigDict, config_flags
 
 from bitnet_jax.configs.check import check_keys
 from bitnet_jax.errors import ConfigError, choose, clipped, shown
+from experiments.launch.store import is_url
 from experiments.plan import load_config
 
 ROOT = Path(__file__).parent.parent
 DEFAULT_SWEEP = ROOT / "sweeps" / "quickstart.py"
 DEFAULT_RUN = ROOT / "bitnet_jax" / "configs" / "default.py"
 HELP = f"""
-Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR
+Flags: --sweep  --config=FILE.py[:ARG]  --config.KEY=VALUE  --workdir=DIR|URL  --scratch=DIR
        --dry_run [--planned=FILE.csv]
        --worker  --launcher=slurm|k8s [--dry_run | --status | --cancel]  --reproduce=RUN_DIR
        --distributed=auto|HOST:PORT [--processes=N --process=I]
@@ -35,8 +36,8 @@ def asks_for_help(argv: Sequence[str]) -> bool:
 
 
 def parse(argv: Sequence[str]) -> flags.FlagValues:
-    """sweep, dry_run, planned, worker, launcher, status, cancel, workdir, reproduce and config of a
-    command line.
+    """sweep, dry_run, planned, worker, launcher, status, cancel, workdir, scratch, reproduce and
+    config of a command line.
 
     Raises:
       ConfigError: a missing config file or one that lacks keys, an unknown flag or key, a value of
@@ -58,6 +59,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
     flags.DEFINE_integer("processes", 0, "how many there are", flag_values=values)
     flags.DEFINE_integer("process", -1, "which of them this is", flag_values=values)
     flags.DEFINE_string("workdir", "results", "where results go", flag_values=values)
+    flags.DEFINE_string("scratch", None, "where to train for a URL", flag_values=values)
     flags.DEFINE_string("reproduce", None, "a run directory to make again", flag_values=values)
     config_flags.DEFINE_config_file("config", None, "", flag_values=values, sys_argv=argv)
     try:
@@ -79,6 +81,7 @@ def parse(argv: Sequence[str]) -> flags.FlagValues:
 def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     """Refuse flags that do not go together. configured: those of the config."""
     choose("launcher", values.launcher, ("local", "slurm", "k8s"))
+    _check_url(values)
     of_jobs = [name for name in ("status", "cancel") if values[name].value]
     of_sweeps = [*(["worker"] if values.worker else []), *of_jobs]
     if values.launcher != "local":
@@ -104,6 +107,29 @@ def _check_together(values: flags.FlagValues, configured: list[str]) -> None:
     _check_distributed(values, [f"--{name}" for name in (*of_jobs, *_given(values, "dry_run"))])
     if values.worker and values.launcher != "local":
         raise ConfigError("--worker: it trains here; leave it out to submit jobs that are workers")
+
+
+def _check_url(values: flags.FlagValues) -> None:
+    """Refuse what needs a folder where a URL is given."""
+    for name in ("reproduce", "scratch"):
+        given = values[name].value or ""
+        if is_url(given):
+            copy = "copy it here first, with your provider's tool"
+            right = copy if name == "reproduce" else "it must be a folder of this machine"
+            raise ConfigError(f"{name}={clipped(given)!r}: {right}")
+    if not is_url(values.workdir):
+        if values.scratch is not None:
+            raise ConfigError("--scratch: only with a URL as --workdir; results go to the workdir")
+        return
+    needing = {
+        "--reproduce": values.reproduce is not None,
+        "--distributed": values.distributed is not None,
+        "--launcher=slurm": values.launcher == "slurm",
+    }
+    for flag, is_given in needing.items():
+        if is_given:
+            right = "it needs a folder, which all of its processes share"
+            raise ConfigError(f"workdir={clipped(values.workdir)!r}: with {flag} {right}")
 
 
 def _given(values: flags.FlagValues, *names: str) -> list[str]:

@@ -8,7 +8,7 @@ import traceback
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ml_collections import ConfigDict
 
@@ -19,6 +19,9 @@ from bitnet_jax.files import DamagedFile, read_json, within
 from bitnet_jax.member import WRITTEN_IN_PLACE
 from bitnet_jax.spec import RunSpec
 from experiments.summary import read_summary
+
+if TYPE_CHECKING:
+    from experiments.launch.mirror import Mirror
 
 ABSENT = (FileNotFoundError, NotADirectoryError)  # where a workdir is no directory, too
 EXAMPLE = "sweeps/isoflop.py:size=800k"
@@ -79,12 +82,16 @@ class PlannedRun:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Every run of one launch. `directory` is where the results table goes."""
+    """Every run of one launch. `directory` is where the results table goes.
+
+    mirror: keeps the directory at a URL, where the workdir is one.
+    """
 
     name: str
     directory: Path
     corpus: Corpus
     runs: tuple[PlannedRun, ...]
+    mirror: "Mirror | None" = None
 
 
 def make_plan(
@@ -102,7 +109,7 @@ def make_plan(
       ConfigError: a run that cannot be, the same run twice, a key set in both places, or a run's
         directory with another's summary or out of the sweep's.
     """
-    directory = _readable(workdir) / _safe_name(config.name)
+    directory = _readable(workdir) / safe_name(config.name)
     runs: dict[str, PlannedRun] = {}
     for point in points:
         if not isinstance(point, dict) or not all(isinstance(key, str) for key in point):
@@ -149,7 +156,7 @@ def _check_directories(sweep: Path, runs: Iterable[PlannedRun]) -> None:
             read_summary(run.directory)
 
 
-def _safe_name(name: str) -> str:
+def safe_name(name: str) -> str:
     """A single folder's name; it may not lead out of the workdir."""
     plain = name.isprintable() and name == Path(name).name and not name.startswith(".")
     if not name or not plain or len(name.encode()) > LONGEST_NAME:

@@ -26,6 +26,10 @@ over all of their devices (`mesh.data`, `mesh.tensor`). auto finds the others wh
 pod, GKE or MPI started them; HOST:PORT of the first, --processes and --process say it. A signal to
 any of them stops all at the same step.
 
+--workdir=gs://BUCKET/PATH (or s3://, az://) keeps the sweep in object storage: launchers train in a
+folder of their own (--scratch=DIR, by default in the user's cache), and send each checkpoint and
+all results there; others go on from them (docs/clusters.md).
+
 With --reproduce: trains a finished run afresh, and alone, from its config.json, in `reproduced` of
 the workdir (never where the original lies), compares endpoints, metrics.jsonl and model with it to
 the bit, and shows where both come from. reproduction.json beside the new run says the same.
@@ -39,6 +43,7 @@ failed; 2, 130 and 143 as above.
 """
 
 import contextlib
+import dataclasses
 import logging
 import os
 import shlex
@@ -72,9 +77,11 @@ from experiments import (
 )
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch import gang, kubectl, slurm
+from experiments.launch import gang, kubectl, slurm, store
 from experiments.launch.local import StopRequest, alone, train_all, work
-from experiments.plan import Plan, load_points, make_plan
+from experiments.launch.mirror import Mirror
+from experiments.launch.scratch import own_folder
+from experiments.plan import Plan, load_points, make_plan, safe_name
 from experiments.planned import write_planned
 
 # The analysis, its figures and pandas are imported where results are written: half of the time to
@@ -128,7 +135,10 @@ def _run(argv: list[str]) -> int:
     points = load_points(path, flags.config) if flags.sweep else [{}]
     corpus = data.load(data.resolve(flags.config.data.source))
     overridden = command_line.overridden_keys(flags)
-    plan = make_plan(flags.config, points, corpus, Path(flags.workdir), overridden)
+    mirror = _mirror(flags)
+    workdir = Path(flags.workdir) if mirror is None else mirror.folder.parent
+    plan = make_plan(flags.config, points, corpus, workdir, overridden)
+    plan = dataclasses.replace(plan, mirror=mirror)
     screen = display.console()
     if flags.launcher == "slurm":
         return _on_slurm(flags, plan, screen, argv)
@@ -147,6 +157,16 @@ def _run(argv: list[str]) -> int:
     if flags.worker:
         return _work(plan, screen, command)
     return _train(plan, screen, flags.sweep, command)
+
+
+def _mirror(flags: FlagValues) -> Mirror | None:
+    """Of the sweep at the workdir's URL, with what is known of it by now; None of a folder."""
+    if not store.is_url(flags.workdir):
+        return None
+    url, name = flags.workdir.rstrip("/"), safe_name(flags.config.name)
+    mirror = Mirror(store.open_store(f"{url}/{name}"), own_folder(url, flags.scratch) / name)
+    mirror.pull_small()
+    return mirror
 
 
 def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -> int:
@@ -229,6 +249,8 @@ def _prepare(plan: Plan) -> None:
             what = "damaged: the run is trained again from its newest checkpoint"
             print(f"warning: {summary}: {what}", file=sys.stderr)
     _make_writable(plan.directory)
+    if plan.mirror is not None:
+        plan.mirror.probe()
     programs.keep_programs(plan.directory.parent / "programs")
 
 
@@ -272,6 +294,8 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
             with show.live(), gang.led():
                 failures = train_all(plan, show, stop)
             turn.enter_context(alone(plan, show, stop))
+        if plan.mirror is not None:
+            plan.mirror.pull_small()
         for directory in (plan.directory, plan.directory / "figures"):
             remove_torn(directory)
         tags = {run.spec.run_id: dict(run.spec.tags) for run in plan.runs}
@@ -281,6 +305,9 @@ def _train(plan: Plan, screen: Console, is_sweep: bool, command: str) -> int:
             _report(plan, screen, command)
         else:
             screen.print(f"results: {plan.directory}", soft_wrap=True)
+        if plan.mirror is not None:
+            plan.mirror.push_results()
+            screen.print(f"kept at: {plan.mirror.store.url}", soft_wrap=True, markup=False)
     screen.print(f"{len(table)} endpoints in {display.duration(time.monotonic() - began)}")
     return 0 if (table["status"] == "ok").all() else 1
 

@@ -390,6 +390,27 @@ def test_dry_run_prints_a_file_for_kubectl(flags, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "w").exists()
 
 
+def test_a_workdir_in_object_storage(flags, tiny_corpus_path, tmp_path, monkeypatch, capsys):
+    """No claim: each pod trains on its own disk, for the URL. Files that no pod has are refused."""
+    pytest.importorskip("obstore")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    url = f"file://{tmp_path}/bucket"
+    others = ("--workdir", "--config.k8s.claim", "--config.k8s.mount")
+    kept = [flag for flag in flags if not flag.startswith(others)]
+    given = [*kept, f"--workdir={url}", "--dry_run", "--config.data.source=wikitext-2",
+             "--config.k8s.mount=/scratch"]  # fmt: skip
+    monkeypatch.setattr("bitnet_jax.data.resolve", lambda source: tiny_corpus_path)
+    assert main(given) == 0
+    document = yaml.safe_load(capsys.readouterr().out)
+    assert VALIDATOR.is_valid(document)
+    assert pod_of(document)["volumes"] == [{"name": "results", "emptyDir": {}}]
+    assert {f"--workdir={url}", "--scratch=/scratch"} < set(container_of(document)["command"])
+    assert main([*given, "--config.k8s.claim=results"]) == 2
+    assert "k8s.claim='results': leave it out" in capsys.readouterr().err
+    assert main([*given, "--config.data.source=/scratch/corpus"]) == 2
+    assert "data.source='/scratch/corpus': pods have" in capsys.readouterr().err
+
+
 def test_what_is_submitted(flags, commands, plan, tmp_path, capsys):
     """The manifest, kept in the sweep's folder; a second one beside what is there."""
     assert main(flags) == 0

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from bitnet_jax.errors import ConfigError
-from experiments.launch import leases as leases_module
+from experiments.launch import lease_files
 from experiments.launch.leases import TIMEOUT, Held, LeaseLost, Leases
 
 ROOT = Path(__file__).parent.parent
@@ -217,7 +217,7 @@ def test_a_lock_of_another_mount_says_nothing(holder, launcher, monkeypatch):
     def fstat(descriptor):
         return os.stat_result((*original(descriptor)[:2], 1, *original(descriptor)[3:]))
 
-    monkeypatch.setattr(leases_module.os, "fstat", fstat)
+    monkeypatch.setattr(lease_files.os, "fstat", fstat)
     with pytest.raises(Held):
         launcher().claim(["run"])
 
@@ -240,7 +240,7 @@ def test_a_living_holder_is_never_succeeded(launcher):
 def test_a_watcher_that_sleeps_after_its_look_takes_nothing(launcher, monkeypatch):
     """What it read is old then, so the seconds until it asks its clock do not count. (Its holder
     may have slept beside it.)"""
-    clock, read = Clock(), leases_module._read
+    clock, read = Clock(), lease_files._read
     holding, watching = launcher(), launcher(clock=clock, machine="elsewhere")
     holding.claim(["run"])
 
@@ -252,7 +252,7 @@ def test_a_watcher_that_sleeps_after_its_look_takes_nothing(launcher, monkeypatc
     with pytest.raises(Held):
         watching.claim(["run"])
     clock.now += 1
-    monkeypatch.setattr(leases_module, "_read", read_and_sleep)
+    monkeypatch.setattr(lease_files, "_read", read_and_sleep)
     with pytest.raises(Held):
         watching.claim(["run"])
 
@@ -493,7 +493,7 @@ def test_a_record_that_cannot_be_written_leaves_nothing(launcher, tmp_path, monk
         raise OSError(28, "No space left on device")
 
     holding = launcher()
-    monkeypatch.setattr(leases_module.os, "pwrite", full)
+    monkeypatch.setattr(lease_files.os, "pwrite", full)
     with pytest.raises(ConfigError, match="No space left"):
         holding.claim(["a", "b"])
     monkeypatch.undo()

@@ -17,7 +17,7 @@ from test_run import SWEEP
 from bitnet_jax.train import Interrupted
 from experiments import display
 from experiments.collect import collect
-from experiments.launch import failures, local
+from experiments.launch import failures, local, sharing
 from experiments.launch.failures import count_failure, read_failures
 from experiments.launch.leases import TIMEOUT, Held, Leases
 from experiments.run import main
@@ -66,9 +66,9 @@ def test_what_another_who_lives_has_is_left_to_it(sweep):
 def test_a_holder_that_is_silent_is_not_taken_for_one_who_lives(sweep, monkeypatch):
     """Its heart last beat before the worker had nothing to do: waited for, then succeeded."""
     tiny, clock = sweep(2), [0.0]
-    original = local.Leases
+    original = sharing.Leases
     monkeypatch.setattr(
-        local, "Leases", lambda folder: original(folder, clock=lambda: clock[0], machine="here")
+        sharing, "Leases", lambda folder: original(folder, clock=lambda: clock[0], machine="here")
     )
     with Leases(tiny.folder / "leases", heartbeat=3600, machine="elsewhere") as other:
         other.claim([tiny.id(0)])
@@ -256,7 +256,7 @@ def test_a_run_that_was_finished_before_its_worker_died_has_not_failed(sweep, mo
     """Between this worker's plan and its claim."""
     tiny = sweep(1)
     abandon(tiny.folder, [tiny.id(0)])
-    monkeypatch.setattr(local, "look_afresh", lambda folder: tiny.finish(0))
+    monkeypatch.setattr(sharing, "look_afresh", lambda folder: tiny.finish(0))
     assert tiny.work() is True and tiny.trained == []
     assert not (tiny.runs[0].directory / failures.FILE).exists()
 

@@ -25,13 +25,14 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Collection
 from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
 from ml_collections import ConfigDict
 
-from bitnet_jax.errors import ConfigError, choose, require, shown
+from bitnet_jax.errors import ConfigError, choose, clipped, require, shown
 
 # Chips of the slices that are one host, by accelerator and topology as GKE labels its nodes.
 _FLAT = {"1x1": 1, "2x2": 4, "2x4": 8}
@@ -61,16 +62,17 @@ HEADER = """\
 # Workers, by `python -m experiments.run --launcher=k8s`, of the sweep
 #     {name}
 # A pod that is stopped (143) or disrupted is replaced without being counted; one that crashes or
-# runs out of memory (134, 137, 139) {crashes} times. What is known of the runs is on the claim.
+# runs out of memory (134, 137, 139) {crashes} times. What is known of the runs is {where}.
 """
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """The config's section `k8s`, checked. tpus: chips of each worker."""
+    """The config's section `k8s`, checked. tpus: chips of each worker. url: of the workdir, where
+    it is not on a claim; then `mount` is each pod's own scratch."""
 
     image: str
-    claim: str
+    claim: str | None
     mount: str
     workers: int
     namespace: str | None
@@ -86,13 +88,14 @@ class Options:
     grace: int
     crashes: int
     mixed_code: bool
+    url: str | None
 
 
 # What is wanted
 
 
-def options(config: ConfigDict) -> Options:
-    """The section of a config.
+def options(config: ConfigDict, url: str | None = None) -> Options:
+    """The section of a config. url: the workdir, if it is one.
 
     Raises:
       ConfigError: a value that is missing or cannot work.
@@ -102,14 +105,17 @@ def options(config: ConfigDict) -> Options:
         fits = section[key] is None or least <= section[key] <= most
         require(fits, f"k8s.{key}", section[key], f"it must lie in [{least}, {most}]")
     _check_image(section.image)
-    _check_names(section)
+    if url is not None:
+        right = f"leave it out: the workdir is {clipped(url)}"
+        require(section.claim is None, "k8s.claim", section.claim, right)
+    _check_names(section, () if url is not None else ("claim",))
     _check_mount(section.mount)
     memory, right = section.memory, "a number and Mi, Gi or Ti, such as 16Gi"
     fits = memory is None or _matches("[1-9][0-9]{0,8}(Mi|Gi|Ti)", memory)
     require(fits, "k8s.memory", memory, right)
     tpus = _tpu_chips(section)
     _check_selector(section.node_selector, tpus)
-    return Options(**section.to_dict(), tpus=tpus)
+    return Options(**section.to_dict(), tpus=tpus, url=url)
 
 
 def _matches(pattern: str, value: str) -> bool:
@@ -126,7 +132,7 @@ def _check_image(image: str | None) -> None:
     require(bool(fixed), "k8s.image", image, right)
 
 
-def _check_names(section: ConfigDict) -> None:
+def _check_names(section: ConfigDict, needed: Collection[str]) -> None:
     """Of what has to be there in the cluster, by the rules for its names (DNS-1123)."""
     for key, what, pattern, most in (
         ("claim", "a PersistentVolumeClaim that many nodes can write", _NAME, 253),
@@ -135,10 +141,9 @@ def _check_names(section: ConfigDict) -> None:
         ("service_account", "a service account", _NAME, 253),
     ):
         value = section[key]
-        needed = key == "claim"
         fits = value is not None and len(value) <= most and _matches(pattern, value)
         right = f"the name of {what}: a-z, 0-9 and -, at most {most} characters"
-        require(fits or (value is None and not needed), f"k8s.{key}", value, right)
+        require(fits or (value is None and key not in needed), f"k8s.{key}", value, right)
 
 
 def _check_mount(mount: str) -> None:
@@ -202,10 +207,10 @@ def _is_label(label: str) -> bool:
 
 
 def sweep_id(wanted: Options, name: str) -> str:
-    """Of a sweep's folder on a claim, as a label and the start of names. At most 36 characters,
-    since Kubernetes makes names of 63 of it for pods."""
+    """Of a sweep's folder on a claim or at a URL, as a label and the start of names. At most 36
+    characters, since Kubernetes makes names of 63 of it for pods."""
     words = re.sub("[^a-z0-9]+", "-", name.lower())[:16].strip("-")
-    digest = hashlib.sha256(json.dumps([wanted.claim, name]).encode()).hexdigest()[:8]
+    digest = hashlib.sha256(json.dumps([wanted.url or wanted.claim, name]).encode()).hexdigest()[:8]
     return "-".join(word for word in ("bitnet-jax", words, digest) if word)
 
 
@@ -235,7 +240,8 @@ def manifest(wanted: Options, name: str, number: int, command: list[str]) -> str
             "replicatedJobs": [{"name": "worker", "replicas": 1, "template": {"spec": job}}],
         },
     }
-    header = HEADER.format(name=name, crashes=wanted.crashes)
+    where = "on the claim" if wanted.url is None else "where --workdir says"
+    header = HEADER.format(name=name, crashes=wanted.crashes, where=where)
     return header + yaml.dump(document, Dumper=_Plain, sort_keys=False, width=96)
 
 
@@ -287,10 +293,14 @@ def _pod_spec(wanted: Options, command: list[str]) -> dict[str, Any]:
         **({"nodeSelector": selector} if selector else {}),
         **({"tolerations": [taint]} if count else {}),
         "containers": [_container(wanted, command)],
-        "volumes": [
-            {"name": "results", "persistentVolumeClaim": {"claimName": wanted.claim}},
-        ],
+        "volumes": [{"name": "results", **_volume(wanted)}],
     }
+
+
+def _volume(wanted: Options) -> dict[str, Any]:
+    if wanted.url is not None:  # each pod trains on its node's disk, and sends what it has
+        return {"emptyDir": {}}
+    return {"persistentVolumeClaim": {"claimName": wanted.claim}}
 
 
 def _container(wanted: Options, command: list[str]) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Leases on runs, so that launchers that share a sweep's folder never train one run twice at once.
 
-A lease is the file `<run>.<generation>` in `<sweep>/leases/`. To claim a run is to create the
-generation after the highest one there, which the file system grants to one claimant alone, also
-over NFS. The holder's heartbeat rewrites a counter in it and a lock of the kernel's stays on it for
-as long as the process lives. A claimant succeeds a holder that
+A lease is the record `<run>.<generation>` in `<sweep>/leases/`: a file (`lease_files.py`) or, where
+the workdir is a URL, an object (`lease_objects.py`). To claim a run is to create the generation
+after the highest one there, which the file system grants to one claimant alone, also over NFS, and
+an object store by a conditional write. The holder's heartbeat rewrites a counter in it, and a lock
+of the kernel's stays on a file for as long as the process lives. A claimant succeeds a holder that
 
 - released the run; or
 - runs on this machine no more: the lock is free, and the record is of this boot and device; or
@@ -19,7 +20,6 @@ that has read it and one that has not would create different files. Of a finishe
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 import json
 import math
@@ -32,15 +32,17 @@ import urllib.parse
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from bitnet_jax.errors import ConfigError
+from experiments.launch.lease_files import LeaseFiles
+from experiments.launch.lease_files import look_afresh as look_afresh
+from experiments.launch.store import Unreachable
 
 TIMEOUT = 60.0  # seconds that a counter stands still before its holder counts as gone
 HEARTBEAT = 5.0  # seconds between counts
 
 _FILE = re.compile(r"(.*)\.([1-9][0-9]{0,14})", re.DOTALL)
-_LONGEST_RECORD = 4096  # bytes; what is longer is not one of ours
 _LONGEST_STEM = 200  # characters; a file name has room for 255
 
 
@@ -59,17 +61,57 @@ class Held(Exception):
         self.moved = moved
 
 
+class Handle(Protocol):
+    """A record that is one's own."""
+
+    def write(self, record: dict[str, Any]) -> None:
+        """In place of what it holds, whatever now has its name."""
+
+    def close(self) -> None:
+        """Leave it as it is; nothing else says any more that its holder lives."""
+
+
+class Records(Protocol):
+    """Where leases lie. All but `read` and `dead` raise OSError where they cannot.
+
+    looking_is_cheap: a look costs less than what it guards; elsewhere it takes a request.
+    """
+
+    looking_is_cheap: bool
+
+    def prepare(self) -> None:
+        """Before the first record."""
+
+    def names(self) -> list[str]:
+        """All that is there."""
+
+    def create(self, name: str, record: dict[str, Any]) -> Handle:
+        """A new one, of one's own; `record` also gets what tells of the holder's death.
+
+        Raises:
+          FileExistsError: there is one.
+        """
+
+    def read(self, name: str) -> bytes:
+        """Empty where there is none to read. Raises Unreachable where that is not known."""
+
+    def dead(self, name: str, record: dict[str, Any]) -> bool:
+        """Whether the holder has surely ended."""
+
+    def delete(self, name: str) -> None:
+        """One's own, or of who is gone."""
+
+
 @dataclasses.dataclass(eq=False)
 class Lease:
-    """A claim to one run. descriptor: of its open file, which carries the lock.
+    """A claim to one run.
 
     orphaned: the holder before has ended, or has fallen silent, without letting the run go.
     """
 
     name: str
     generation: int
-    path: Path
-    descriptor: int
+    handle: Handle
     record: dict[str, Any]
     orphaned: bool = False
     lost: bool = False
@@ -89,20 +131,21 @@ class _Seen:
 class Leases:
     """What one launcher holds, kept alive by one daemon thread, and what it has seen of others'.
 
-    timeout, heartbeat: seconds. clock: monotonic seconds. machine: what the processes share whose
-    locks this one can see.
+    where: a folder, or other records. timeout, heartbeat: seconds. clock: monotonic seconds.
+    machine: what the processes share whose locks this one can see.
     """
 
     def __init__(
         self,
-        folder: Path,
+        where: Path | Records,
         timeout: float = TIMEOUT,
         heartbeat: float = HEARTBEAT,
         clock: Callable[[], float] = time.monotonic,
         machine: str | None = None,
     ) -> None:
-        self._folder, self._timeout, self.clock = folder, timeout, clock
-        self._heartbeat, self._machine = heartbeat, machine or _this_machine()
+        self._records = LeaseFiles(where, machine) if isinstance(where, Path) else where
+        self._where, self._timeout, self.clock = where, timeout, clock
+        self._heartbeat = heartbeat
         self._held: list[Lease] = []
         self._seen: dict[str, _Seen] = {}  # by name
         self._lock = threading.RLock()
@@ -131,37 +174,54 @@ class Leases:
         taken: list[Lease] = []
         with self._lock:
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self._records.prepare()
                 self._all_free(names)
                 for name in sorted(names):  # the one order of all launchers, so that one gets all
                     taken.append(self._take(name))
                 self._keep_alive()
             except BaseException as error:
-                for lease in taken:
-                    lease.record["orphaned"] = lease.orphaned
-                    self.release(lease, done=False)
+                self.give_back(taken)
+                if isinstance(error, Unreachable):
+                    raise Held(str(error)) from error  # to be tried again
                 if isinstance(error, OSError):
                     raise ConfigError(
-                        f"{self._folder}: cannot keep leases there ({error.strerror}); it must be "
+                        f"{self._where}: cannot keep leases there ({error.strerror}); it must be "
                         "a folder that can be written"
                     ) from error
                 raise
         return taken
 
     def check(self, leases: Iterable[Lease]) -> None:
-        """Call it before anything of these runs is written.
+        """Call it before anything of these runs is written where others see it.
 
         Raises:
           LeaseLost: one of them was taken over.
+          Unreachable: whether one was is not known.
         """
         try:
             highest = self._highest()
+        except Unreachable:
+            raise
         except OSError:  # somebody has deleted the folder
             highest = {}
         for lease in leases:
             succeeded = highest.get(_stem(lease.name), 0) != lease.generation
-            own = _parse(_read(lease.path)).get("token") == lease.record["token"]
+            record = _parse(self._records.read(_name(lease.name, lease.generation)))
+            own = record.get("token") == lease.record["token"]
             lease.lost = lease.lost or succeeded or not own
+            if lease.lost:
+                raise LeaseLost(lease.name)
+
+    def guard(self, leases: Iterable[Lease]) -> None:
+        """`check`, or where that takes a request, whether one has found a lease lost.
+
+        Raises:
+          LeaseLost: one of them was taken over.
+        """
+        leases = list(leases)
+        if self._records.looking_is_cheap:
+            self.check(leases)
+        for lease in leases:
             if lease.lost:
                 raise LeaseLost(lease.name)
 
@@ -177,11 +237,17 @@ class Leases:
                     self._delete(lease.name, up_to=lease.generation)
                 else:
                     lease.record["released"] = True
-                    _write(lease)
+                    lease.handle.write(lease.record)
             except (LeaseLost, OSError):
                 pass  # taken over, or left for the next claimant to find dead
             finally:
-                os.close(lease.descriptor)
+                lease.handle.close()
+
+    def give_back(self, leases: Iterable[Lease]) -> None:
+        """Release what was claimed and not begun: the next claimant is told what this one was."""
+        for lease in leases:
+            lease.record["orphaned"] = lease.orphaned
+            self.release(lease, done=False)
 
     def holder(self, name: str) -> str | None:
         """Who has a run: host and process, be it that it has died on another machine; or None."""
@@ -211,7 +277,7 @@ class Leases:
             for lease in self._held:
                 lease.record["beats"] += 1
                 try:
-                    _write(lease)
+                    lease.handle.write(lease.record)
                 except OSError:
                     continue  # the next one may succeed; if none does, the lease lapses
 
@@ -244,38 +310,32 @@ class Leases:
         """
         last, orphaned = self._free(name)
         generation = last + 1
-        path = self._path(name, generation)
+        record: dict[str, Any] = {
+            "token": uuid.uuid4().hex,
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "beats": 0,
+        }
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o666)
+            handle = self._records.create(_name(name, generation), record)
         except FileExistsError as error:
-            raise Held(_who(path)) from error
-        lease = Lease(name, generation, path, descriptor, {}, orphaned)
+            raise Held(self._who(name, generation)) from error
+        lease = Lease(name, generation, handle, record, orphaned)
         try:
-            # Locked before the record says by whom, so that none who reads it finds the lock free.
-            lease.record |= self._new_record(_locked(descriptor), os.fstat(descriptor).st_dev)
-            _write(lease)
             highest = self._highest().get(_stem(name), 0)
             if highest > generation:  # the folder was read before others came and went
-                raise Held(_who(self._path(name, highest)))
+                raise Held(self._who(name, highest))
         except BaseException:
-            path.unlink(missing_ok=True)  # before the lock goes, or it would look like a dead one's
-            os.close(descriptor)
+            # Before the lock goes, or it would look like a dead one's.
+            with contextlib.suppress(OSError):
+                self._records.delete(_name(name, generation))
+            handle.close()
             raise
         # The last but one stays: a folder that is read while names come and go may show neither the
         # old one nor the new one.
         self._delete(name, up_to=generation - 2)
         self._held.append(lease)
         return lease
-
-    def _new_record(self, locked: bool, device: int) -> dict[str, Any]:
-        return {
-            "token": uuid.uuid4().hex,
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            # Another mount of the same files may not show this one's locks.
-            "locks": f"{self._machine} {device}" if locked else None,
-            "beats": 0,
-        }
 
     def _free(self, name: str) -> tuple[int, bool]:
         """The highest generation of a run, which may be succeeded, and whether it is orphaned; 0
@@ -290,12 +350,11 @@ class Leases:
             return 0, False
         # Before the reading: this process may be suspended between the two.
         now = self.clock()
-        path = self._path(name, generation)
-        content = _read(path)
+        content = self._records.read(_name(name, generation))
         record = _parse(content)
         if record.get("released") is True:
             return generation, record.get("orphaned") is True
-        if self._dead(path, record):
+        if self._records.dead(_name(name, generation), record):
             return generation, True
         seen = self._seen.get(name)
         if seen is None or (seen.generation, seen.content) != (generation, content):
@@ -305,57 +364,32 @@ class Leases:
             self._seen[name] = seen
         elif now - seen.since >= self._timeout:
             return generation, True
-        raise Held(_who(path), seen.moved)
-
-    def _dead(self, path: Path, record: dict[str, Any]) -> bool:
-        """Whether the holder's lock would be seen here, and is not there."""
-        try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-        except OSError:
-            return False
-        try:
-            if record.get("locks") != f"{self._machine} {os.fstat(descriptor).st_dev}":
-                return False
-            # Shared, so that two who look do not take each other for the holder.
-            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            return True
-        except OSError:
-            return False
-        finally:
-            os.close(descriptor)
+        raise Held(_who(record, _name(name, generation)), seen.moved)
 
     def _highest(self) -> dict[str, int]:
         """The highest generation by stem."""
-        look_afresh(self._folder)
         found: dict[str, int] = {}
-        for file in os.listdir(self._folder):
-            if match := _FILE.fullmatch(file):
+        for each in self._records.names():
+            if match := _FILE.fullmatch(each):
                 found[match[1]] = max(found.get(match[1], 0), int(match[2]))
         return found
 
     def _delete(self, name: str, up_to: int) -> None:
-        """Delete a run's files of these generations, the highest last."""
-        own = (match for file in os.listdir(self._folder) if (match := _FILE.fullmatch(file)))
+        """Delete a run's records of these generations, the highest last."""
+        own = (match for each in self._records.names() if (match := _FILE.fullmatch(each)))
         generations = (int(match[2]) for match in own if match[1] == _stem(name))
         for generation in sorted(g for g in generations if g <= up_to):
-            try:
-                self._path(name, generation).unlink()
-            except OSError:
-                continue  # somebody's folder of that name, or gone: neither is in the way
+            with contextlib.suppress(OSError):  # somebody's folder of that name, or gone
+                self._records.delete(_name(name, generation))
 
-    def _path(self, name: str, generation: int) -> Path:
-        return self._folder / f"{_stem(name)}.{generation}"
+    def _who(self, name: str, generation: int) -> str:
+        record = _parse(self._records.read(_name(name, generation)))
+        return _who(record, _name(name, generation))
 
 
-def look_afresh(folder: Path) -> None:
-    """Have NFS forget what it remembers of a folder, above all which names are not in it.
-
-    It does whenever this machine changes the folder. Where that is not allowed, nothing happens.
-    """
-    try:
-        os.utime(folder)
-    except OSError:
-        return
+def _name(name: str, generation: int) -> str:
+    """Of a record, which is never a path."""
+    return f"{_stem(name)}.{generation}"
 
 
 def _stem(name: str) -> str:
@@ -367,46 +401,6 @@ def _stem(name: str) -> str:
     return f"{stem[: _LONGEST_STEM - len(digest)]}{digest}"
 
 
-def _this_machine() -> str:
-    """This boot of this machine; where the system does not count boots, the machine."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
-
-
-def _locked(descriptor: int) -> bool:
-    """Lock the file for as long as this process lives; False where the file system has no locks."""
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
-def _write(lease: Lease) -> None:
-    """Write the record into the lease's own file, whatever now has its name."""
-    content = json.dumps(lease.record).encode() + b"\n"
-    os.pwrite(lease.descriptor, content, 0)
-    os.truncate(lease.descriptor, len(content))
-    # To close a descriptor is what makes NFS send what was written; the lock stays on the other.
-    os.close(os.dup(lease.descriptor))
-
-
-def _read(path: Path) -> bytes:
-    """A lease's content; empty where there is none to read, be it somebody's folder or pipe."""
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-    except OSError:
-        return b""
-    try:
-        return os.read(descriptor, _LONGEST_RECORD)
-    except OSError:
-        return b""
-    finally:
-        os.close(descriptor)
-
-
 def _parse(content: bytes) -> dict[str, Any]:
     """A lease's record; empty where the content is not one."""
     try:
@@ -416,10 +410,9 @@ def _parse(content: bytes) -> dict[str, Any]:
     return record if isinstance(record, dict) else {}
 
 
-def _who(path: Path) -> str:
+def _who(record: dict[str, Any], name: str) -> str:
     """The holder in words, of a record that anybody may have written."""
-    record = _parse(_read(path))
     host, pid = record.get("host"), record.get("pid")
     if isinstance(host, str) and host.isprintable() and type(pid) is int:
         return f"{host[:64]} pid {pid}"
-    return f"an unknown holder ({path.name})"
+    return f"an unknown holder ({name})"

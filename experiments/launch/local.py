@@ -33,7 +33,8 @@ from bitnet_jax.train import Interrupted, compile_ahead, train_group
 from experiments.display import GroupProgress, SweepDisplay
 from experiments.launch import gang
 from experiments.launch.failures import Failures, count_failure, forget_failures, read_failures
-from experiments.launch.leases import Held, Lease, Leases, look_afresh
+from experiments.launch.leases import Held, Lease
+from experiments.launch.sharing import Sharing, sharing
 from experiments.plan import Plan, PlannedRun, first_line
 from experiments.summary import read_summary
 
@@ -106,8 +107,9 @@ def work(plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]) 
 def _launch(
     plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool], is_worker: bool
 ) -> "_Launch":
-    with Leases(plan.directory / "leases") as leases:
-        launch = _Launch(plan, display, should_stop, leases, is_worker)
+    shared = sharing(plan, display.say)
+    with shared.leases as leases:
+        launch = _Launch(plan, display, should_stop, shared, is_worker)
         launch.run()
         finished = [run for run in plan.runs if run.finished]
         leases.clear(run.spec.run_id for run in finished)
@@ -120,7 +122,7 @@ def _launch(
 def alone(plan: Plan, display: SweepDisplay, should_stop: Callable[[int], bool]) -> Iterator[None]:
     """Inside, no other launcher writes the plan's results. Raises like `train_all`."""
     told = None
-    with Leases(plan.directory / "leases") as leases:
+    with sharing(plan, display.say).leases as leases:
         while True:
             try:
                 (lease,) = leases.claim([RESULTS])
@@ -160,11 +162,11 @@ class _Launch:
         plan: Plan,
         display: SweepDisplay,
         should_stop: Callable[[int], bool],
-        leases: Leases,
+        shared: Sharing,
         is_worker: bool,
     ) -> None:
         self._plan, self._display, self._should_stop = plan, display, should_stop
-        self._leases, self._is_worker = leases, is_worker
+        self._shared, self._leases, self._is_worker = shared, shared.leases, is_worker
         self._waiting = grouped(plan.runs)
         wanted = max((parallel(group[0].config) for group in self._waiting), default=1)
         self._workers = 1 if hosts.several() else max(1, min(wanted, len(self._waiting)))
@@ -213,15 +215,16 @@ class _Launch:
     def _train(self, claim: _Claim, progress: GroupProgress) -> list[dict[str, Any]]:
         options = loop_options(claim.group[0].config)
         gang.lead(claim.group)
-        return train_group(
-            gang.jobs_of(claim.group),
-            self._plan.corpus,
-            # A lone run shares the machine with nobody, whatever the config allows.
-            dataclasses.replace(options, parallel=self._workers),
-            watch=progress.watch,
-            should_stop=self._stop,
-            guard=lambda: self._leases.check(claim.leases),
-        )
+        with self._shared.training(claim.leases):
+            return train_group(
+                gang.jobs_of(claim.group),
+                self._plan.corpus,
+                # A lone run shares the machine with nobody, whatever the config allows.
+                dataclasses.replace(options, parallel=self._workers),
+                watch=progress.watch,
+                should_stop=self._stop,
+                guard=lambda: self._leases.guard(claim.leases),
+            )
 
     def _fail(self, group: list[PlannedRun], error: Exception, progress: GroupProgress) -> None:
         """Leave the traceback with every run of the group. Called while the error is handled."""
@@ -256,9 +259,11 @@ class _Launch:
             self._waiting.append(claim.group)
 
     def _release(self, runs: Iterable[PlannedRun], leases: Iterable[Lease]) -> None:
-        finished = {run.spec.run_id for run in runs if run.finished}
+        leases = list(leases)
+        kept = self._shared.keep(leases, self._stop)
+        done = kept & {run.spec.run_id for run in runs if run.finished}
         for lease in leases:
-            self._leases.release(lease, done=lease.name in finished)
+            self._leases.release(lease, done=lease.name in done)
 
     def _stop(self, tick: int) -> bool:
         """What one worker has been told holds for all."""
@@ -330,8 +335,11 @@ class _Launch:
         """
         runs = [run for run in group if not run.finished]
         leases = self._leases.claim([run.spec.run_id for run in runs])
-        for folder in (*{run.directory.parent for run in runs}, *(run.directory for run in runs)):
-            look_afresh(folder)
+        try:
+            self._shared.look(runs)
+        except Held:
+            self._leases.give_back(leases)
+            raise
         for run in group:
             if run.finished:
                 self._display.finished_elsewhere(run, _outcome_elsewhere(run))

@@ -1,4 +1,4 @@
-"""Manifests as they should be: gpu.yaml, tpu.yaml and cpu.yaml beside this file.
+"""Manifests as they should be: the .yaml files beside this one.
 
 python -m tests.k8s.golden     # writes them anew; read the difference before you keep it
 """
@@ -34,19 +34,23 @@ CASES = {
         "tpu_accelerator": "tpu-v6e-slice",
         "tpu_topology": "2x4",
     },
+    "objects": {"url": "gs://team/sweeps", "claim": None, "gpus": 1, "service_account": "trainer"},
 }
 
 
-def options(**section: object) -> k8s.Options:
+def options(url: str | None = None, **section: object) -> k8s.Options:
     """A section k8s with an image and a claim, checked."""
     config = default.get_config()
     config.k8s.update({"image": IMAGE, "claim": "results", **section})
-    return k8s.options(config)
+    return k8s.options(config, url)
 
 
 def made(case: str) -> str:
     """The manifest of a case."""
-    return k8s.manifest(options(**CASES[case]), "isoflop_800k", 1, COMMAND)
+    wanted = options(**CASES[case])
+    at = [f"--workdir={wanted.url}", f"--scratch={wanted.mount}"] if wanted.url else None
+    command = COMMAND if at is None else [*COMMAND[:5], *at, *COMMAND[6:]]
+    return k8s.manifest(wanted, "isoflop_800k", 1, command)
 
 
 def path(case: str) -> Path:

@@ -30,7 +30,7 @@ LEFT_OUT = {
     "container": {"envFrom", "lifecycle", "livenessProbe", "ports", "readinessProbe",
                   "resizePolicy", "restartPolicyRules", "startupProbe", "volumeDevices"},
 }  # fmt: skip
-VOLUMES = {"name", "persistentVolumeClaim"}
+VOLUMES = {"emptyDir", "name", "persistentVolumeClaim"}
 
 
 def extract(definition: dict[str, Any]) -> dict[str, Any]:
