@@ -15,7 +15,7 @@ from jax.experimental import multihost_utils
 
 from bitnet_jax.errors import ConfigError, require, shown
 
-TIMEOUT = 120  # seconds that the processes wait for each other at the start
+TIMEOUT = 300  # seconds that the processes wait for each other at the start: images may be fetched
 
 
 def start(distributed: str, processes: int, process: int) -> None:

@@ -15,7 +15,7 @@ from bitnet_jax.files import replacing
 from experiments import cluster, display
 from experiments.command_line import ROOT
 from experiments.estimate import flops_per_second
-from experiments.launch import k8s, kubectl
+from experiments.launch import k8s, k8s_options, kubectl
 from experiments.plan import Plan
 
 
@@ -23,7 +23,7 @@ from experiments.plan import Plan
 class Wanted:
     """What will be asked of the cluster. sweep: the label of all that belongs to it."""
 
-    options: k8s.Options
+    options: k8s_options.Options
     sweep: str
     command: list[str]
 
@@ -35,8 +35,9 @@ def prepared(plan: Plan, config: ConfigDict, argv: Sequence[str], config_file: s
       ConfigError: options, a file or a corpus that cannot work.
     """
     url = None if plan.mirror is None else plan.mirror.store.url.rpartition("/")[0]
-    options = k8s.options(config, url)
+    options = k8s_options.options(config, url)
     _check_corpus(str(config.data.source), options)
+    _check_mesh(plan, options)
     left = sum(not run.finished for run in plan.runs)
     options = dataclasses.replace(options, workers=max(1, min(options.workers, left)))
     scratch = [f"--scratch={options.mount}"] if url else []
@@ -63,7 +64,7 @@ def in_image(config_file: str, root: Path) -> str:
     return f"{resolved.relative_to(root.resolve()).as_posix()}{colon}{argument}"
 
 
-def _check_corpus(source: str, options: k8s.Options) -> None:
+def _check_corpus(source: str, options: k8s_options.Options) -> None:
     mount, right = options.mount, f"pods have {', '.join(BUILT_IN)}"
     if options.url is not None:
         return require(source in BUILT_IN, "data.source", source, f"{right}, and no files")
@@ -71,6 +72,17 @@ def _check_corpus(source: str, options: k8s.Options) -> None:
               "there, with the claim mounted here at the same path")  # fmt: skip
     inside = PurePosixPath(source).is_relative_to(mount) and ".." not in source.split("/")
     require(source in BUILT_IN or inside, "data.source", source, right)
+
+
+def _check_mesh(plan: Plan, wanted: k8s_options.Options) -> None:
+    """A run is cut over all devices of a gang, and over no more than a worker has."""
+    there = k8s_options.devices(wanted)
+    for run in plan.runs if there else ():
+        size = run.spec.step.mesh.size
+        fits = size == there if wanted.hosts > 1 else size <= there
+        right = f"each worker has {there} devices on {wanted.hosts} hosts"
+        right += "; cut each run over all of them" if wanted.hosts > 1 else ""
+        require(fits, "mesh.data * mesh.tensor", size, right)
 
 
 def show_plan(screen: Console, plan: Plan, wanted: Wanted) -> None:
@@ -102,7 +114,8 @@ def submit(screen: Console, plan: Plan, wanted: Wanted) -> None:
     kubectl.apply(manifest)
     there = sum(one.workers for one in found if not one.ended)
     beside = f", beside {there} that are there" if there else ""
-    screen.print(f"submitted {path.stem}: {wanted.options.workers} workers{beside}")
+    gangs = f" of {wanted.options.hosts} pods" if wanted.options.hosts > 1 else ""
+    screen.print(f"submitted {path.stem}: {wanted.options.workers} workers{gangs}{beside}")
     screen.print(f"manifest: {path}", soft_wrap=True)
     screen.print("how it is doing: the same command with --status; when all is done, without "
                  "--launcher where the claim is the workdir: that makes the table and the report",

@@ -15,7 +15,7 @@ from test_launch_local import write_sweep
 
 from bitnet_jax import tracking
 from experiments import cluster_k8s
-from experiments.launch import k8s
+from experiments.launch import k8s, k8s_options
 from experiments.run import main
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_an_image_without_a_commit_is_not_made(commit, status):
 
 def test_it_is_what_the_manifest_takes_it_for():
     """The folder, a user who is not root, and a Python that the code supports."""
-    assert instructions("WORKDIR") == [k8s.HOME]
+    assert instructions("WORKDIR") == [k8s_options.HOME]
     (user,) = instructions("USER")
     assert f"useradd --uid {k8s.USER} --create-home {user}" in instructions("RUN")
     assert TEXT.index("\nUSER ") > TEXT.index("pip install") and user != "root"

@@ -21,13 +21,14 @@ from test_launch_local import write_sweep
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.files import write_json
 from experiments import cluster, cluster_k8s
-from experiments.launch import k8s
+from experiments.launch import k8s, k8s_options
 from experiments.launch.leases import Leases
 from experiments.plan import load_config, load_points, make_plan
 from experiments.run import main
 from tests.k8s import golden
 from tests.k8s.schema import SCHEMA, strict
 
+GANGS = [case for case in golden.CASES if golden.options(**golden.CASES[case]).hosts > 1]
 VALIDATOR = jsonschema.Draft202012Validator(strict(json.loads(SCHEMA.read_text())))
 
 
@@ -45,9 +46,18 @@ def container_of(document):
     return container
 
 
-def made(command=("true",), name="tiny", number=1, **section):
+def all_made(command=("true",), name="tiny", number=1, **section):
     text = k8s.manifest(golden.options(**section), name, number, list(command))
-    return yaml.safe_load(text)
+    return list(yaml.safe_load_all(text))
+
+
+def made(*args, **section):
+    (document,) = all_made(*args, **section)
+    return document
+
+
+def documents(case):
+    return list(yaml.safe_load_all(golden.made(case)))
 
 
 # The manifest
@@ -61,8 +71,9 @@ def test_the_manifest_is_as_it_was(case):
 
 @pytest.mark.parametrize("case", golden.CASES)
 def test_the_manifest_fits_the_published_schema(case):
-    errors = VALIDATOR.iter_errors(yaml.safe_load(golden.made(case)))
-    assert [f"{error.json_path}: {error.message}" for error in errors] == []
+    for document in documents(case):
+        errors = VALIDATOR.iter_errors(document)
+        assert [f"{error.json_path}: {error.message}" for error in errors] == []
 
 
 def change(document, path, value):
@@ -104,7 +115,11 @@ def test_the_schema_sees(path, value):
 @pytest.mark.parametrize("case", golden.CASES)
 def test_the_rules_that_no_schema_has(case):
     """Of the API server (batch and core validation) and of JobSet's webhook."""
-    document = yaml.safe_load(golden.made(case))
+    for document in documents(case):
+        check_rules(document)
+
+
+def check_rules(document):
     job, pod, container = job_of(document), pod_of(document), container_of(document)
     assert pod["restartPolicy"] == "Never", "which a podFailurePolicy demands"
     assert job["podReplacementPolicy"] == "Failed", "likewise"
@@ -116,6 +131,11 @@ def test_the_rules_that_no_schema_has(case):
             codes = rule["onExitCodes"]
             assert codes["containerName"] == container["name"]
             assert codes["values"] == sorted(set(codes["values"])) and 0 not in codes["values"]
+        assert rule["action"] != "FailIndex" or "backoffLimitPerIndex" in job
+    rules = document["spec"]["failurePolicy"].get("rules", [])
+    names = [rule["name"] for rule in rules]
+    assert len(set(names)) == len(names)
+    assert all(re.fullmatch("[A-Za-z]([A-Za-z0-9_,:]*[A-Za-z0-9_])?", name) for name in names)
     resources = container.get("resources", {"limits": {}, "requests": {}})
     for name, count in resources["limits"].items():
         if "/" in name:
@@ -191,6 +211,110 @@ def test_a_worker_that_has_ended_badly_does_not_end_the_others():
     assert document["spec"]["failurePolicy"] == {"maxRestarts": 0}
 
 
+# Gangs
+
+
+def job_failure(rules, status, disrupted):
+    """Reason and message of the condition that the Job controller gives a Job of which a pod has
+    failed and none may be tried again (kubernetes/pkg/controller/job/pod_failure_policy.go)."""
+    action = outcome(rules, status, disrupted)
+    if action == "Count":
+        return "BackoffLimitExceeded", "Job has reached the specified backoff limit"
+    index = next(i for i, rule in enumerate(rules) if outcome([rule], status, disrupted) == action)
+    said = (
+        f"Pod default/w-0-0-abcde has condition DisruptionTarget matching {action} rule"
+        if "onPodConditions" in rules[index]
+        else f"Container worker for pod default/w-0-0-abcde failed with exit code {status} "
+        f"matching {action} rule"
+    )
+    assert action == "FailJob", "a pod of a gang is not tried again alone"
+    return "PodFailurePolicy", f"{said} at index {index}"
+
+
+def jobset_action(policy, reason, message):
+    """What JobSet does then: the first rule of which reason and a pattern fit
+    (jobset/pkg/controllers/failure_policy.go)."""
+    for rule in policy["rules"]:
+        reasons = rule.get("onJobFailureReasons", [reason])
+        patterns = rule.get("onJobFailureMessagePatterns", [""])
+        if reason in reasons and any(re.search(pattern, message) for pattern in patterns):
+            return rule["action"]
+    return "RestartJobSet"
+
+
+@pytest.mark.parametrize(
+    ("status", "disrupted", "action"),
+    [(143, False, "RestartJobSetAndIgnoreMaxRestarts"),
+     (143, True, "RestartJobSetAndIgnoreMaxRestarts"),
+     (137, True, "RestartJobSetAndIgnoreMaxRestarts"),
+     (1, True, "RestartJobSetAndIgnoreMaxRestarts"),
+     (134, False, "RestartJobSet"), (137, False, "RestartJobSet"), (139, False, "RestartJobSet"),
+     (1, False, "FailJobSet"), (2, False, "FailJobSet"), (130, False, "FailJobSet")],
+)  # fmt: skip
+@pytest.mark.parametrize("case", GANGS)
+def test_what_becomes_of_a_gang_of_which_a_pod_ends(case, status, disrupted, action):
+    """The same as of a worker of one pod, but that all of them start anew."""
+    for document in documents(case):
+        job, policy = job_of(document), document["spec"]["failurePolicy"]
+        assert job["backoffLimit"] == 0 and "backoffLimitPerIndex" not in job
+        failure = job_failure(job["podFailurePolicy"]["rules"], status, disrupted)
+        assert jobset_action(policy, *failure) == action
+        assert policy["maxRestarts"] == golden.options(**golden.CASES[case]).crashes
+
+
+def expanded(document, index):
+    """The command as pod `index` of a Job gets it: $(NAME) replaced, $$ halved."""
+    container = container_of(document)
+    (variable,) = [each for each in container["env"] if "valueFrom" in each]
+    path = variable["valueFrom"]["fieldRef"]["fieldPath"]
+    assert path == "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    known = {f"$({variable['name']})": str(index), "$$": "$"}
+    return [re.sub(r"\$\$|\$\([^)]*\)", lambda m: known[m[0]], a) for a in container["command"]]
+
+
+def test_pods_of_a_gang_find_each_other():
+    """The first pod's name as JobSet gives it in DNS, and each pod its own place; what the command
+    line takes."""
+    from experiments import command_line
+
+    command = ["python", "-m", "experiments.run", "--sweep", "--worker", "--config.name=a$b"]
+    first, second = all_made(command=command, hosts=3, gpus=8, workers=2, number=5)
+    names = [document["metadata"]["name"] for document in (first, second)]
+    assert [name.rpartition("-")[2] for name in names] == ["5", "6"]
+    for document, name in zip((first, second), names, strict=True):
+        job = job_of(document)
+        assert job["completions"] == job["parallelism"] == 3
+        assert document["spec"]["network"] == {"enableDNSHostnames": True}
+        assert [each["replicas"] for each in document["spec"]["replicatedJobs"]] == [1]
+        for index in range(3):
+            values = command_line.parse(expanded(document, index)[2:])
+            assert values.distributed == f"{name}-worker-0-0.{name}:8476"
+            assert (values.processes, values.process) == (3, index)
+            assert values.config.name == "a$b"
+
+
+@pytest.mark.parametrize(
+    ("accelerator", "topology", "hosts"),
+    [("tpu-v6e-slice", "4x4", 4), ("tpu-v6e-slice", "16x16", 64),
+     ("tpu-v5-lite-podslice", "4x8", 8),
+     ("tpu-v5p-slice", "2x2x2", 2), ("tpu-v4-podslice", "4x4x8", 32), ("tpu7x", "2x4x4", 8)],
+)  # fmt: skip
+def test_a_slice_of_several_hosts(accelerator, topology, hosts):
+    """Four chips a host, all of a slice, where GKE tells JAX who there is."""
+    document = made(tpu_accelerator=accelerator, tpu_topology=topology)
+    container = container_of(document)
+    assert job_of(document)["completions"] == hosts
+    assert container["resources"]["limits"] == {"google.com/tpu": "4"}
+    assert container["command"][-1] == "--distributed=auto"
+    assert document["metadata"]["annotations"] == {
+        "alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"
+    }
+    assert all("valueFrom" not in each for each in container["env"])
+    wanted = golden.options(tpu_accelerator=accelerator, tpu_topology=topology, hosts=hosts)
+    cores = 2 if accelerator == "tpu7x" else 1
+    assert k8s_options.devices(wanted) == cores * math.prod(int(n) for n in topology.split("x"))
+
+
 @pytest.mark.parametrize("value", ["$(HOME)", "$$(HOME)", "$", "a$$b$", "$(id)$$$(x)"])
 def test_kubernetes_puts_no_variables_into_the_command(value):
     """It replaces $(NAME) and halves $$; nothing but what is written here twice is left."""
@@ -232,7 +356,7 @@ def test_a_slice_of_one_host(accelerator, topology, chips):
 
 
 def test_chips_are_what_a_topology_multiplies_to():
-    for topologies in k8s.TPUS.values():
+    for topologies in k8s_options.TPUS.values():
         for topology, chips in topologies.items():
             assert math.prod(int(side) for side in topology.split("x")) == chips
 
@@ -267,8 +391,8 @@ REFUSED = [
     ({"mount": "/a/../etc"}, "k8s.mount='/a/../etc': an absolute path"),
     ({"mount": "/a b"}, "k8s.mount='/a b': an absolute path"),
     ({"mount": "/opt"}, "k8s.mount='/opt': an absolute path"),
-    ({"mount": k8s.HOME}, f"k8s.mount='{k8s.HOME}': an absolute path"),
-    ({"mount": f"{k8s.HOME}/results"}, "k8s.mount='/opt/bitnet_jax/results': an absolute path"),
+    ({"mount": k8s_options.HOME}, f"k8s.mount='{k8s_options.HOME}': an absolute path"),
+    ({"mount": f"{k8s_options.HOME}/results"}, "k8s.mount='/opt/bitnet_jax/results': an absolute"),
     ({"workers": 0}, "k8s.workers=0: it must lie in [1, 10000]"),
     ({"gpus": -1}, "k8s.gpus=-1: it must lie in [0, 64]"),
     ({"cpus": 0}, "k8s.cpus=0: it must lie in [1, 4096]"),
@@ -278,16 +402,22 @@ REFUSED = [
     ({"memory": "0Gi"}, "k8s.memory='0Gi': a number"),
     ({"tpu_topology": "2x2"}, "k8s.tpu_topology='2x2': give k8s.tpu_accelerator, too"),
     ({"tpu_accelerator": "v6e"}, "k8s.tpu_accelerator='v6e' is unknown; choose from tpu-v4-pod"),
-    ({"tpu_accelerator": "tpu-v6e-slice"}, "k8s.tpu_topology=None: choose from 1x1, 2x2, 2x4"),
-    ({"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "4x4"},
-     "k8s.tpu_topology='4x4': its 16 chips are on several hosts, and a run trains in one process "),
-    ({"tpu_accelerator": "tpu-v5p-slice", "tpu_topology": "2x2x2"},
-     "k8s.tpu_topology='2x2x2': its 8 chips are on several hosts"),
+    ({"tpu_accelerator": "tpu-v6e-slice"},
+     "k8s.tpu_topology=None: choose from 1x1, 2x2, 2x4, or of several hosts 4x4, 4x8, 8x8, 8x16, "),
     ({"tpu_accelerator": "tpu-v5p-slice", "tpu_topology": "4x4"},
-     "k8s.tpu_topology='4x4': choose from 2x2x1 for tpu-v5p-slice"),
-    ({"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "3x1"},
-     "k8s.tpu_topology='3x1': choose from 1x1, 2x2, 2x4"),
-    ({"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "big"}, "k8s.tpu_topology='big': choose"),
+     "k8s.tpu_topology='4x4': choose from 2x2x1, or of several hosts 2x2x2, 2x2x4, 2x4x4, 4x4x4 "),
+    *(({"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": topology},
+       f"k8s.tpu_topology={topology!r}: choose from 1x1, 2x2, 2x4, or")
+      for topology in ("3x1", "big", "2x2x2", "8x4", "4x4x4", "", "4x4\n", "0x4")),
+    *(({"tpu_accelerator": "tpu7x", "tpu_topology": topology},
+       f"k8s.tpu_topology={topology!r}: choose from 2x2x1, or") for topology in ("8x4x4", "6x6x6")),
+    ({"hosts": 0}, "k8s.hosts=0: it must lie in [1, 10000]"),
+    ({"hosts": 2, "tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "4x4"},
+     "k8s.hosts=2: a slice of 4x4 has 4; leave it out"),
+    ({"hosts": 2, "tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "2x4"},
+     "k8s.hosts=2: a slice of 2x4 has 1; leave it out"),
+    ({"hosts": 2, "url": "gs://a/b", "claim": None},
+     "k8s.hosts=2: several hosts that train a run together need a folder"),
     ({"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "2x2", "gpus": 1},
      "k8s.gpus=1: a worker has GPUs or TPUs"),
     ({"node_selector": "spot"}, "k8s.node_selector='spot': labels of nodes, each as key=value"),
@@ -433,15 +563,16 @@ def test_what_is_submitted(flags, commands, plan, tmp_path, capsys):
 def cluster_has(sweep):
     """JobSets: one that is done, one at work, one that waits for its quota."""
 
-    def jobset(number, workers, **more):
-        job = {"template": {"spec": {"parallelism": workers}}}
+    def jobset(number, workers, hosts=None, **more):
+        job = {"template": {"spec": {"parallelism": workers * (hosts or 1)}}}
         more.setdefault("status", {})
         spec = {"replicatedJobs": [job], "suspend": more.pop("suspend", False)}
-        return {"metadata": {"name": f"{sweep}-{number}"}, "spec": spec, **more}
+        labels = {"labels": {"bitnet-jax/hosts": str(hosts)}} if hosts else {}
+        return {"metadata": {"name": f"{sweep}-{number}", **labels}, "spec": spec, **more}
 
     return json.dumps({"items": [
         jobset(7, 3, suspend=True), jobset(1, 4, status={"terminalState": "Completed"}),
-        jobset(2, 2), jobset(3, 1, status={"terminalState": "Failed"}),
+        jobset(2, 2, hosts=4), jobset(3, 1, status={"terminalState": "Failed"}),
     ]})  # fmt: skip
 
 
@@ -499,6 +630,25 @@ def test_a_corpus_that_pods_do_not_have(flags, capsys, mount):
     assert main([*flags, "--dry_run"]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: data.source=") and f"k8s.mount={mount!r}" in error
+
+
+@pytest.mark.parametrize(
+    ("section", "mesh", "says"),
+    [({"hosts": 2, "gpus": 4}, 4, "=4: each worker has 8 devices on 2 hosts; cut each run over"),
+     ({"gpus": 2}, 4, "=4: each worker has 2 devices on 1 hosts"),
+     ({"hosts": 2, "gpus": 2}, 4, None), ({"hosts": 2}, 2, None), ({}, 2, None),
+     ({"tpu_accelerator": "tpu7x", "tpu_topology": "2x2x1"}, 8, None)],
+)  # fmt: skip
+def test_a_mesh_that_does_not_fit_the_gang(flags, capsys, section, mesh, says):
+    """Before anything is submitted."""
+    given = [f"--config.k8s.{key}={value}" for key, value in section.items()]
+    status = main([*flags, *given, f"--config.mesh.data={mesh}", "--dry_run"])
+    out, error = capsys.readouterr()
+    if says is None:
+        assert status == 0, error
+        assert all(map(VALIDATOR.is_valid, yaml.safe_load_all(out)))
+    else:
+        assert status == 2 and error.startswith(f"error: mesh.data * mesh.tensor{says}")
 
 
 def test_k8s_is_the_same_for_all_runs(tiny_config, tiny_corpus, tmp_path):

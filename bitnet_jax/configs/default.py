@@ -134,15 +134,18 @@ def get_config() -> ConfigDict:
     c.k8s.image = config_dict.placeholder(str)  # of the Dockerfile; to be given
     c.k8s.claim = config_dict.placeholder(str)  # volume claim for the results; to be given
     c.k8s.mount = "/results"  # where pods have the claim; it is their workdir
-    c.k8s.workers = 1  # pods, each one worker; no more are made than runs are left
+    c.k8s.workers = 1  # no more are made than runs are left; each a pod, or one a host
+    c.k8s.hosts = config_dict.placeholder(
+        int
+    )  # that train a run together; default: 1, of TPUs those of the slice
     c.k8s.namespace = config_dict.placeholder(str)  # default: kubectl's
     c.k8s.queue = config_dict.placeholder(str)  # of Kueue; default: none, pods start as they can
     c.k8s.service_account = config_dict.placeholder(str)  # default: the namespace's
-    c.k8s.gpus = 0  # NVIDIA's, of each worker
+    c.k8s.gpus = 0  # NVIDIA's, of each pod
     c.k8s.tpu_accelerator = config_dict.placeholder(str)  # of GKE, as tpu-v6e-slice
-    c.k8s.tpu_topology = config_dict.placeholder(str)  # of each worker's slice, one host, as 2x4
-    c.k8s.cpus = config_dict.placeholder(int)  # of each worker; default: the namespace's
-    c.k8s.memory = config_dict.placeholder(str)  # of each worker, as 16Gi; likewise
+    c.k8s.tpu_topology = config_dict.placeholder(str)  # of each worker's slice, as 2x4
+    c.k8s.cpus = config_dict.placeholder(int)  # of each pod; default: the namespace's
+    c.k8s.memory = config_dict.placeholder(str)  # of each pod, as 16Gi; likewise
     c.k8s.node_selector = config_dict.placeholder(str)  # labels of the nodes, as spot=true,zone=a
     c.k8s.grace = 60  # seconds that a worker that is stopped has to save
     c.k8s.crashes = 10  # so often a crashed worker is started again; preemption does not count

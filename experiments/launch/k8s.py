@@ -16,47 +16,31 @@ The statuses that a worker ends with mean what they mean to the Slurm launcher:
 Unlike there, what a worker gets done between two crashes does not begin its count anew; that of
 each run's failures, in the sweep's folder, does (failures.py).
 
-A worker sees the devices of one host, since a run trains in one process so far. A TPU slice of
-several hosts is therefore refused: libtpu waits there until all of them have come.
+A worker on several hosts (`k8s.hosts`, or a TPU slice of more than one) is a gang: a JobSet of its
+own with a pod on each host, which train every run together. None can go on without the others, so
+Kubernetes ends them all when one ends badly, and starts them anew together, by the same table: the
+rule that its Job fails by, and the message that the Job controller writes then, tell JobSet (0.10
+and later) whether to count it. A pod that vanishes without a word, so that another notices first
+and crashes, counts as a crash.
 """
 
-import dataclasses
 import hashlib
 import json
-import math
 import re
-from collections.abc import Collection
-from pathlib import PurePosixPath
 from typing import Any
 
 import yaml
-from ml_collections import ConfigDict
 
-from bitnet_jax.errors import ConfigError, choose, clipped, require, shown
+from experiments.launch.k8s_options import HOME, TPU_LABELS, Options
 
-# Chips of the slices that are one host, by accelerator and topology as GKE labels its nodes.
-_FLAT = {"1x1": 1, "2x2": 4, "2x4": 8}
-_CUBE = {"2x2x1": 4}
-TPUS = {"tpu-v4-podslice": _CUBE, "tpu-v5-lite-podslice": _FLAT, "tpu-v5p-slice": _CUBE,
-        "tpu-v6e-slice": _FLAT, "tpu7x": _CUBE}  # fmt: skip
-
-BOUNDS = {"workers": (1, 10_000), "gpus": (0, 64), "cpus": (1, 4096), "grace": (1, 3600),
-          "crashes": (0, 1000)}  # fmt: skip
-LONGEST = 500  # characters of an image or a path
-HOME = "/opt/bitnet_jax"  # where the Dockerfile puts this code
 USER = 1000  # whom the Dockerfile makes
 STOPPED, CRASHED = [143], [134, 137, 139]  # see above; Kubernetes wants them in order
 SWEEP_LABEL = "bitnet-jax/sweep"
-TPU_LABELS = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
-
-_LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"  # DNS-1123
-_NAME = rf"{_LABEL}(\.{_LABEL})*"
-_WORD = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # of a label's key and value
-_PART = "[a-z0-9]+([._-]+[a-z0-9]+)*"
-_IMAGE = (
-    rf"{_PART}(:[0-9]+)?(/{_PART})*"
-    r"(?P<tag>:[A-Za-z0-9_][A-Za-z0-9_.-]{0,127})?(?P<digest>@sha256:[0-9a-f]{64})?"
-)
+HOSTS_LABEL = "bitnet-jax/hosts"  # of each worker
+INDEX = "WORKER_INDEX"  # variable of a pod: which of its gang it is
+# All pods of a slice on one slice, and no others there.
+ONE_SLICE = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+PORT = 8476  # of a gang's first pod, where the others find it
 
 HEADER = """\
 # Workers, by `python -m experiments.run --launcher=k8s`, of the sweep
@@ -64,146 +48,9 @@ HEADER = """\
 # A pod that is stopped (143) or disrupted is replaced without being counted; one that crashes or
 # runs out of memory (134, 137, 139) {crashes} times. What is known of the runs is {where}.
 """
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """The config's section `k8s`, checked. tpus: chips of each worker. url: of the workdir, where
-    it is not on a claim; then `mount` is each pod's own scratch."""
-
-    image: str
-    claim: str | None
-    mount: str
-    workers: int
-    namespace: str | None
-    queue: str | None
-    service_account: str | None
-    gpus: int
-    tpu_accelerator: str | None
-    tpu_topology: str | None
-    tpus: int
-    cpus: int | None
-    memory: str | None
-    node_selector: str | None
-    grace: int
-    crashes: int
-    mixed_code: bool
-    url: str | None
-
-
-# What is wanted
-
-
-def options(config: ConfigDict, url: str | None = None) -> Options:
-    """The section of a config. url: the workdir, if it is one.
-
-    Raises:
-      ConfigError: a value that is missing or cannot work.
-    """
-    section = config.k8s
-    for key, (least, most) in BOUNDS.items():
-        fits = section[key] is None or least <= section[key] <= most
-        require(fits, f"k8s.{key}", section[key], f"it must lie in [{least}, {most}]")
-    _check_image(section.image)
-    if url is not None:
-        right = f"leave it out: the workdir is {clipped(url)}"
-        require(section.claim is None, "k8s.claim", section.claim, right)
-    _check_names(section, () if url is not None else ("claim",))
-    _check_mount(section.mount)
-    memory, right = section.memory, "a number and Mi, Gi or Ti, such as 16Gi"
-    fits = memory is None or _matches("[1-9][0-9]{0,8}(Mi|Gi|Ti)", memory)
-    require(fits, "k8s.memory", memory, right)
-    tpus = _tpu_chips(section)
-    _check_selector(section.node_selector, tpus)
-    return Options(**section.to_dict(), tpus=tpus, url=url)
-
-
-def _matches(pattern: str, value: str) -> bool:
-    return re.fullmatch(pattern, value, re.ASCII) is not None
-
-
-def _check_image(image: str | None) -> None:
-    right = "give the image that the Dockerfile made, such as registry/bitnet_jax:v1"
-    found = re.fullmatch(_IMAGE, image, re.ASCII) if image and len(image) <= LONGEST else None
-    require(found is not None, "k8s.image", image, right)
-    assert found is not None
-    fixed = found["digest"] or (found["tag"] or ":latest") != ":latest"
-    right = "give a tag other than latest, or a digest: all pods of a sweep must run the same code"
-    require(bool(fixed), "k8s.image", image, right)
-
-
-def _check_names(section: ConfigDict, needed: Collection[str]) -> None:
-    """Of what has to be there in the cluster, by the rules for its names (DNS-1123)."""
-    for key, what, pattern, most in (
-        ("claim", "a PersistentVolumeClaim that many nodes can write", _NAME, 253),
-        ("namespace", "a namespace", _LABEL, 63),
-        ("queue", "a LocalQueue of Kueue", _NAME, 63),
-        ("service_account", "a service account", _NAME, 253),
-    ):
-        value = section[key]
-        fits = value is not None and len(value) <= most and _matches(pattern, value)
-        right = f"the name of {what}: a-z, 0-9 and -, at most {most} characters"
-        require(fits or (value is None and key not in needed), f"k8s.{key}", value, right)
-
-
-def _check_mount(mount: str) -> None:
-    plain = len(mount) <= LONGEST and _matches("(/[A-Za-z0-9_.-]+)+", mount)
-    plain = plain and ".." not in mount.split("/")
-    apart = not PurePosixPath(HOME).is_relative_to(mount) and not mount.startswith(f"{HOME}/")
-    right = f"an absolute path of letters, digits and . _ -, apart from {HOME}, where the code is"
-    require(plain and apart, "k8s.mount", mount, right)
-
-
-def _tpu_chips(section: ConfigDict) -> int:
-    """Of each worker; 0 where no TPU is asked for."""
-    accelerator, topology = section.tpu_accelerator, section.tpu_topology
-    if accelerator is None:
-        right = "give k8s.tpu_accelerator, too"
-        require(topology is None, "k8s.tpu_topology", topology, right)
-        return 0
-    choose("k8s.tpu_accelerator", accelerator, TPUS)
-    right = "a worker has GPUs or TPUs; give one of them"
-    require(section.gpus == 0, "k8s.gpus", section.gpus, right)
-    known = TPUS[accelerator]
-    if topology in known:
-        return known[topology]
-    several = "" if topology is None else _hosts(topology, known)
-    right = f"{several}choose from {', '.join(known)} for {accelerator}"
-    raise ConfigError(f"k8s.tpu_topology={shown(topology)}: {right}")
-
-
-def _hosts(topology: str, known: dict[str, int]) -> str:
-    """What is said of a slice that several hosts make up; nothing of what is no slice at all."""
-    (dimensions,) = {name.count("x") for name in known}
-    sides = topology.split("x")
-    if not _matches("[1-9][0-9]{0,3}(x[1-9][0-9]{0,3}){1,2}", topology):
-        return ""
-    chips = math.prod(int(side) for side in sides)
-    if len(sides) != dimensions + 1 or chips <= max(known.values()):
-        return ""
-    return (f"its {chips} chips are on several hosts, and a run trains in one process so far; give "
-            "more k8s.workers, each a slice of one host: ")  # fmt: skip
-
-
-def _check_selector(selector: str | None, tpus: int) -> None:
-    seen = set(TPU_LABELS) if tpus else set()
-    for label in [] if selector is None else selector.split(","):
-        right = "labels of nodes, each as key=value, with commas between them"
-        require(_is_label(label), "k8s.node_selector", selector, right)
-        key = label.partition("=")[0]
-        right = f"{key} is asked for twice; give each label once, TPUs by k8s.tpu_..."
-        require(key not in seen, "k8s.node_selector", selector, right)
-        seen.add(key)
-
-
-def _is_label(label: str) -> bool:
-    key, equals, value = label.partition("=")
-    prefix, slash, word = key.rpartition("/")
-    prefixed = not slash or (len(prefix) <= 253 and _matches(_NAME, prefix))
-    return bool(equals) and prefixed and _matches(_WORD, word) and _matches(f"({_WORD})?", value)
-
-
-# The manifest
+GANGS = """\
+# Each worker is {hosts} pods, which are replaced together; a JobSet a worker.
+"""
 
 
 def sweep_id(wanted: Options, name: str) -> str:
@@ -215,34 +62,66 @@ def sweep_id(wanted: Options, name: str) -> str:
 
 
 def manifest(wanted: Options, name: str, number: int, command: list[str]) -> str:
-    """The YAML of a JobSet of workers. name: the sweep's. number: of the submission, from 1."""
-    sweep = sweep_id(wanted, name)
+    """The YAML of the workers: one JobSet, or of gangs one each. name: the sweep's. number: of the
+    first JobSet, from 1."""
+    documents = (
+        [_jobset(wanted, name, number, command)]
+        if wanted.hosts == 1
+        else [_jobset(wanted, name, number + i, command) for i in range(wanted.workers)]
+    )
+    where = "on the claim" if wanted.url is None else "where --workdir says"
+    header = HEADER.format(name=name, crashes=wanted.crashes, where=where)
+    if wanted.hosts > 1:
+        header += GANGS.format(hosts=wanted.hosts)
+    return header + yaml.dump_all(documents, Dumper=_Plain, sort_keys=False, width=96)
+
+
+def _jobset(wanted: Options, name: str, number: int, command: list[str]) -> dict[str, Any]:
+    sweep, gang = sweep_id(wanted, name), wanted.hosts > 1
     labels = {SWEEP_LABEL: sweep}
+    if gang:
+        labels[HOSTS_LABEL] = str(wanted.hosts)
     queue = {"kueue.x-k8s.io/queue-name": wanted.queue} if wanted.queue else {}
     namespace = {"namespace": wanted.namespace} if wanted.namespace else {}
+    jobset = f"{sweep}-{number}"
+    pods = wanted.hosts if gang else wanted.workers
+    pod = _pod_spec(wanted, [argument.replace("$", "$$") for argument in command]
+                    + (_together(wanted, jobset) if gang else []))  # fmt: skip
+    # JobSet's own count of restarts is for gangs. The Job of single workers fails once each of them
+    # has ended, some badly: nothing is left to restart.
+    policy = _gang_policy(wanted) if gang else {"maxRestarts": 0}
     job = {
         "completionMode": "Indexed",
-        "completions": wanted.workers,
-        "parallelism": wanted.workers,
-        "backoffLimitPerIndex": wanted.crashes,
+        "completions": pods,
+        "parallelism": pods,
+        **({"backoffLimit": 0} if gang else {"backoffLimitPerIndex": wanted.crashes}),
         "podReplacementPolicy": "Failed",
-        "podFailurePolicy": {"rules": _failure_rules()},
-        "template": {"metadata": {"labels": labels}, "spec": _pod_spec(wanted, command)},
+        "podFailurePolicy": {"rules": _gang_rules() if gang else _failure_rules()},
+        "template": {"metadata": {"labels": {SWEEP_LABEL: sweep}}, "spec": pod},
     }
-    document = {
+    return {
         "apiVersion": "jobset.x-k8s.io/v1alpha2",
         "kind": "JobSet",
-        "metadata": {"name": f"{sweep}-{number}", **namespace, "labels": {**labels, **queue}},
+        "metadata": {
+            "name": jobset,
+            **namespace,
+            "labels": {**labels, **queue},
+            **({"annotations": ONE_SLICE} if gang and wanted.tpus else {}),
+        },
         "spec": {
-            # The Job fails once each worker has ended, some badly: nothing is left to restart.
-            "failurePolicy": {"maxRestarts": 0},
-            "network": {"enableDNSHostnames": False},
+            "failurePolicy": policy,
+            "network": {"enableDNSHostnames": gang},
             "replicatedJobs": [{"name": "worker", "replicas": 1, "template": {"spec": job}}],
         },
     }
-    where = "on the claim" if wanted.url is None else "where --workdir says"
-    header = HEADER.format(name=name, crashes=wanted.crashes, where=where)
-    return header + yaml.dump(document, Dumper=_Plain, sort_keys=False, width=96)
+
+
+def _together(wanted: Options, jobset: str) -> list[str]:
+    """The arguments by which the pods of a gang find each other. GKE tells JAX of a TPU slice."""
+    if wanted.tpus:
+        return ["--distributed=auto"]
+    first = f"{jobset}-worker-0-0.{jobset}:{PORT}"  # JobSet's name of the pod and of their service
+    return [f"--distributed={first}", f"--processes={wanted.hosts}", f"--process=$({INDEX})"]
 
 
 class _Plain(yaml.SafeDumper):
@@ -264,6 +143,32 @@ def _failure_rules() -> list[dict[str, Any]]:
         {"action": "Ignore", "onExitCodes": exits("In", STOPPED)},
         {"action": "FailIndex", "onExitCodes": exits("NotIn", CRASHED)},
     ]
+
+
+def _gang_rules() -> list[dict[str, Any]]:
+    """By which the Job of a gang fails, and says why. What fits none fails it, too, since no pod of
+    it is tried again, but for another reason."""
+    codes = {"containerName": "worker", "operator": "In", "values": sorted(STOPPED + CRASHED)}
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    return [
+        {"action": "FailJob", "onPodConditions": disrupted},
+        {"action": "FailJob", "onExitCodes": codes},
+    ]
+
+
+def _gang_policy(wanted: Options) -> dict[str, Any]:
+    """What JobSet does about a gang whose Job has failed: the first rule that fits."""
+    by_rule = {"onJobFailureReasons": ["PodFailurePolicy"]}
+    stopped = ["has condition DisruptionTarget", *(f"failed with exit code {n} " for n in STOPPED)]
+    return {
+        "maxRestarts": wanted.crashes,
+        "rules": [
+            {"name": "stopped", "action": "RestartJobSetAndIgnoreMaxRestarts", **by_rule,
+             "onJobFailureMessagePatterns": stopped},
+            {"name": "crashed", "action": "RestartJobSet", **by_rule},
+            {"name": "ended", "action": "FailJobSet"},
+        ],
+    }  # fmt: skip
 
 
 def _pod_spec(wanted: Options, command: list[str]) -> dict[str, Any]:
@@ -320,8 +225,8 @@ def _container(wanted: Options, command: list[str]) -> dict[str, Any]:
         "name": "worker",
         "image": wanted.image,
         "workingDir": HOME,
-        "command": [argument.replace("$", "$$") for argument in command],
-        "env": [{"name": key, "value": value} for key, value in environment.items()],
+        "command": command,
+        "env": [*_index(wanted), *({"name": k, "value": v} for k, v in environment.items())],
         **(resources if requests else {}),
         "securityContext": {
             "allowPrivilegeEscalation": False,
@@ -332,6 +237,14 @@ def _container(wanted: Options, command: list[str]) -> dict[str, Any]:
     }
 
 
+def _index(wanted: Options) -> list[dict[str, Any]]:
+    """Which of its gang a pod is, where JAX is not told by the node."""
+    if wanted.hosts == 1 or wanted.tpus:
+        return []
+    path = "metadata.annotations['batch.kubernetes.io/job-completion-index']"
+    return [{"name": INDEX, "valueFrom": {"fieldRef": {"fieldPath": path}}}]
+
+
 def _device(wanted: Options) -> tuple[str, int]:
-    """What Kubernetes calls the accelerator, and how many of it each worker has."""
+    """What Kubernetes calls the accelerator, and how many of it each pod has."""
     return ("google.com/tpu", wanted.tpus) if wanted.tpus else ("nvidia.com/gpu", wanted.gpus)

@@ -8,6 +8,7 @@ from typing import Any
 from bitnet_jax.errors import ConfigError
 from experiments.launch import commands, k8s
 from experiments.launch.commands import ask
+from experiments.launch.k8s_options import Options
 
 JOBSETS = "jobsets.jobset.x-k8s.io"
 
@@ -48,7 +49,7 @@ def apply(manifest: str) -> None:
     ask("kubectl", "apply", "--filename=-", given=manifest)
 
 
-def jobsets(wanted: k8s.Options, sweep: str) -> list[JobSet]:
+def jobsets(wanted: Options, sweep: str) -> list[JobSet]:
     """What was submitted for a sweep and was not deleted since, in this order.
 
     Raises:
@@ -59,8 +60,9 @@ def jobsets(wanted: k8s.Options, sweep: str) -> list[JobSet]:
         spec, status = item["spec"], item.get("status", {})
         going = "suspended" if spec.get("suspend") else "active"
         state = (status.get("terminalState") or going).lower()
-        workers = sum(job["template"]["spec"]["parallelism"] for job in spec["replicatedJobs"])
-        found.append(JobSet(item["metadata"]["name"], state, workers))
+        pods = sum(job["template"]["spec"]["parallelism"] for job in spec["replicatedJobs"])
+        hosts = int(item["metadata"].get("labels", {}).get(k8s.HOSTS_LABEL, 1))
+        found.append(JobSet(item["metadata"]["name"], state, pods // hosts))
     return sorted(found, key=lambda one: submission(one.name))
 
 
@@ -70,7 +72,7 @@ def submission(name: str) -> int:
     return int(last) if re.fullmatch("[1-9][0-9]{0,8}", last, re.ASCII) else 0
 
 
-def pods(wanted: k8s.Options, sweep: str) -> list[Pod]:
+def pods(wanted: Options, sweep: str) -> list[Pod]:
     """A sweep's workers that the cluster knows of, those that have ended included.
 
     Raises:
@@ -79,18 +81,18 @@ def pods(wanted: k8s.Options, sweep: str) -> list[Pod]:
     return [_pod(item) for item in _get(wanted, sweep, "pods")]
 
 
-def delete(wanted: k8s.Options, found: list[JobSet]) -> None:
+def delete(wanted: Options, found: list[JobSet]) -> None:
     """Raises ConfigError where the cluster refuses it."""
     if found:
         names = [one.name for one in found]
         ask("kubectl", "delete", JOBSETS, *_namespace(wanted), "--wait=false", *names)
 
 
-def _namespace(wanted: k8s.Options) -> list[str]:
+def _namespace(wanted: Options) -> list[str]:
     return [f"--namespace={wanted.namespace}"] if wanted.namespace else []
 
 
-def _get(wanted: k8s.Options, sweep: str, kind: str) -> list[dict[str, Any]]:
+def _get(wanted: Options, sweep: str, kind: str) -> list[dict[str, Any]]:
     selector = f"--selector={k8s.SWEEP_LABEL}={sweep}"
     text = ask("kubectl", "get", kind, *_namespace(wanted), selector, "--output=json")
     try:

@@ -6,7 +6,7 @@ python -m tests.k8s.golden     # writes them anew; read the difference before yo
 from pathlib import Path
 
 from bitnet_jax.configs import default
-from experiments.launch import k8s
+from experiments.launch import k8s, k8s_options
 
 FOLDER = Path(__file__).parent
 IMAGE = "registry.example.org:5000/team/bitnet_jax:v1"
@@ -34,15 +34,17 @@ CASES = {
         "tpu_accelerator": "tpu-v6e-slice",
         "tpu_topology": "2x4",
     },
+    "gpu_gangs": {"queue": "team.gpus", "workers": 2, "hosts": 2, "gpus": 8},
+    "tpu_slice": {"tpu_accelerator": "tpu-v6e-slice", "tpu_topology": "4x4", "queue": "tpus"},
     "objects": {"url": "gs://team/sweeps", "claim": None, "gpus": 1, "service_account": "trainer"},
 }
 
 
-def options(url: str | None = None, **section: object) -> k8s.Options:
+def options(url: str | None = None, **section: object) -> k8s_options.Options:
     """A section k8s with an image and a claim, checked."""
     config = default.get_config()
     config.k8s.update({"image": IMAGE, "claim": "results", **section})
-    return k8s.options(config, url)
+    return k8s_options.options(config, url)
 
 
 def made(case: str) -> str:

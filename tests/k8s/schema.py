@@ -64,7 +64,7 @@ def strict(schema: dict[str, Any]) -> dict[str, Any]:
 
     metadata, of which a CustomResourceDefinition says nothing, has the fields that are used.
     """
-    metadata = {"name": _STRING, "namespace": _STRING, "labels": _STRINGS}
+    metadata = {"name": _STRING, "namespace": _STRING, "labels": _STRINGS, "annotations": _STRINGS}
     top = {**schema["properties"], "metadata": {"type": "object", "properties": metadata}}
     needed = ["apiVersion", "kind", "metadata", "spec"]
     return _closed({**schema, "properties": top, "required": needed})
