@@ -77,7 +77,9 @@ def _check_corpus(source: str, options: k8s_options.Options) -> None:
 def _check_mesh(plan: Plan, wanted: k8s_options.Options) -> None:
     """A run is cut over all devices of a gang, and over no more than a worker has."""
     there = k8s_options.devices(wanted)
-    for run in plan.runs if there else ():
+    if there is None:
+        return
+    for run in plan.runs:
         size = run.spec.step.mesh.size
         fits = size == there if wanted.hosts > 1 else size <= there
         right = f"each worker has {there} devices on {wanted.hosts} hosts"
