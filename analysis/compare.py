@@ -24,12 +24,13 @@ from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.tables import (
     COLUMNS,
     LOSS_HELP,
+    TABLES_HELP,
     AnalysisError,
     fitted_rows,
     labels,
     numbers,
     points,
-    read_table,
+    read_tables,
     refuse_undecayed,
     select,
 )
@@ -45,7 +46,7 @@ _EDGE = 1e-6  # relative: of a search that ended where it began
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m analysis.compare", description="Compare the laws of two arms.")
-    parser.add_argument("file", metavar="FILE", help="a .csv or .parquet table, a row an endpoint")
+    parser.add_argument("files", nargs="+", metavar="TABLE", help=TABLES_HELP)
     parser.add_argument("--baseline", metavar="ARM", required=True, help="its parameters count one")
     parser.add_argument("--treatment", metavar="ARM", required=True, help="the arm compared to it")
     for name, text in {"n": "parameters", "d": "training tokens", "c": "training FLOPs"}.items():
@@ -80,7 +81,7 @@ def _rows(args: argparse.Namespace) -> "pd.DataFrame":
     """The rows of the two arms."""
     if args.baseline == args.treatment:
         raise AnalysisError(f"--baseline and --treatment are both {args.baseline!r}")
-    frame = read_table(args.file)
+    frame = read_tables(args.files)
     if args.where is not None:
         frame = select(frame, args.where)
     arms = labels(frame, args.arm)

@@ -22,6 +22,7 @@ from analysis.solver import OBJECTIVES
 from analysis.tables import (
     LOSS_HELP,
     RUN,
+    TABLES_HELP,
     AnalysisError,
     clusters_of,
     fitted_rows,
@@ -29,6 +30,7 @@ from analysis.tables import (
     plausible_inputs,
     points,
     read_table,
+    read_tables,
     select,
 )
 
@@ -50,7 +52,7 @@ _INPUTS = {
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m analysis.fit", description="Fit a scaling law to a table.")
-    parser.add_argument("file", metavar="FILE", help="a .csv or .parquet table, a row an endpoint")
+    parser.add_argument("files", nargs="+", metavar="TABLE", help=TABLES_HELP)
     parser.add_argument("--law", default="chinchilla", help=f"one of {', '.join(LAWS)}")
     for name, text in _INPUTS.items():
         parser.add_argument(f"--{name}", metavar="COLUMN", help=text)
@@ -78,7 +80,7 @@ def _columns(args: argparse.Namespace) -> dict[str, str]:
 
 
 def _fit_table(args: argparse.Namespace, columns: Mapping[str, str]) -> Fit:
-    frame = read_table(args.file)
+    frame = read_tables(args.files)
     if args.where is not None:
         frame = select(frame, args.where)
     kept = fitted_rows(frame)

@@ -18,10 +18,11 @@ from typing import TYPE_CHECKING, Any
 from analysis.arm_pairs import baseline_of
 from analysis.command import Parser, status
 from analysis.tables import (
+    TABLES_HELP,
     AnalysisError,
     finished,
     paired_differences,
-    read_table,
+    read_tables,
     require,
     select,
 )
@@ -74,7 +75,7 @@ def _of_arm(pairs: pd.DataFrame, arm: str) -> pd.DataFrame:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m analysis.gaps", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("file", metavar="TABLE", help="a results table, Parquet or CSV")
+    parser.add_argument("files", nargs="+", metavar="TABLE", help=TABLES_HELP)
     parser.add_argument("--baseline", metavar="ARM", help="default: fp16, bf16 or fp32")
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -82,7 +83,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    frame = read_table(args.file)
+    frame = read_tables(args.files)
     rows = frame if args.where is None else select(frame, args.where)
     require(rows, "precision")
     baseline = args.baseline or baseline_of(rows)

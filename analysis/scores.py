@@ -72,8 +72,9 @@ class Scores:
 
 
 def carried(row: Mapping[str, Any]) -> str:
-    """What a planned row says of its run, in words."""
-    return ", ".join(f"{name} {value}" for name, value in row.items() if name not in PREDICTED)
+    """What a planned row says of its run, in words; of this project's its name and tokens."""
+    names = ("run_id", "tokens") if {"run_id", "tokens"} <= row.keys() else row
+    return ", ".join(f"{name} {row[name]}" for name in names if name not in PREDICTED)
 
 
 def read_predictions(path: str | Path) -> dict[str, Any]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from analysis.arm_pairs import baseline_of
 from analysis.command import Parser, status
-from analysis.tables import AnalysisError, finished, read_table, require, select
+from analysis.tables import TABLES_HELP, AnalysisError, finished, read_tables, require, select
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -88,14 +88,14 @@ def _noise(rows: pd.DataFrame, cell: list[str]) -> pd.DataFrame:
 
 def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="python -m analysis.seed_noise", description="Noise from seed to seed.")
-    parser.add_argument("file", metavar="TABLE", help="a results table, Parquet or CSV")
+    parser.add_argument("files", nargs="+", metavar="TABLE", help=TABLES_HELP)
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
 
 def _run(args: argparse.Namespace) -> None:
-    frame = read_table(args.file)
+    frame = read_tables(args.files)
     found = seed_noise(frame if args.where is None else select(frame, args.where))
     if args.json:
         records: list[dict[str, Any]] = json.loads(found.to_json(orient="records"))

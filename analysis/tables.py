@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -31,6 +31,7 @@ GREATEST_LOSS = 20.0
 _GREATEST = 1e30  # of any number: searches begin in single precision
 _LEAST = 1e-30
 
+TABLES_HELP = ".csv or .parquet, a row an endpoint; of several tables all rows are taken"
 LOSS_HELP = (
     f"loss in nats a token; what has a median below {GREATEST_LOSS:g} cannot be told from a "
     "perplexity"
@@ -99,6 +100,27 @@ def read_table(path: str | Path) -> pd.DataFrame:
                 "the version that wrote it, or a later one"
             )
     return frame
+
+
+def read_tables(paths: Sequence[str | Path]) -> pd.DataFrame:
+    """The rows of several tables with the same columns, such as the parts of a study, in their
+    order; AnalysisError as of `read_table`, if columns differ, or if an endpoint occurs twice."""
+    import pandas as pd
+
+    first, *others = [read_table(path) for path in paths]
+    for path, other in zip(paths[1:], others, strict=True):
+        differ = sorted(map(str, set(first.columns) ^ set(other.columns)))
+        if differ:
+            raise AnalysisError(f"{path}: {paths[0]} has other columns: {', '.join(differ)}")
+    if not others:
+        return first
+    together = pd.concat([first, *others], ignore_index=True)
+    if {"run_id", "tokens"} <= set(together.columns):
+        twice = together[together.duplicated(["run_id", "tokens"])]  # a table given twice, say
+        if len(twice):
+            run, tokens = twice.iloc[0][["run_id", "tokens"]]
+            raise AnalysisError(f"{run} at {tokens} tokens is there twice in these tables")
+    return together
 
 
 def require(frame: pd.DataFrame, *columns: str) -> None:

@@ -88,3 +88,17 @@ def test_command(tmp_path, capsys):
     assert capsys.readouterr().err.startswith("error: no 16-bit arm")
     assert main([str(path), "--baseline=int9"]) == 2
     assert "'int9'" in capsys.readouterr().err
+
+
+def test_arms_of_several_tables(tmp_path, capsys):
+    """As where the baseline is in another part of a study."""
+    frame = table()
+    frame["run_id"] = frame["precision"] + frame["size"] + frame["seed"].astype(str)
+    paths = [tmp_path / "grid.csv", tmp_path / "arms.csv"]
+    frame[frame["precision"] == "fp16"].to_csv(paths[0], index=False)
+    frame[frame["precision"] != "fp16"].to_csv(paths[1], index=False)
+    assert main([*map(str, paths), "--json"]) == 0
+    found = pd.DataFrame(json.loads(capsys.readouterr().out))
+    expected = gaps(table(), "fp16")
+    np.testing.assert_allclose(found["percent"], expected["percent"])
+    assert main([str(paths[0])]) == 2

@@ -15,6 +15,7 @@ from analysis.tables import (
     paired_differences,
     points,
     read_table,
+    read_tables,
     select,
 )
 
@@ -44,6 +45,22 @@ def test_unreadable_tables(frame, tmp_path):
         with pytest.raises(AnalysisError, match=message) as caught:
             read_table(tmp_path / name)
         assert "\n" not in str(caught.value)
+
+
+def test_several_tables_are_one(tmp_path):
+    """Whatever their formats; what stands in two of them, or has other columns, is refused."""
+    paths = [tmp_path / name for name in ("a.csv", "b.parquet", "c.csv", "d.csv")]
+    rows = pd.DataFrame({"run_id": ["x", "x", "y"], "tokens": [1, 2, 1], "loss": [3.0, 2.0, 2.5]})
+    rows[:2].to_csv(paths[0], index=False)
+    rows[2:].to_parquet(paths[1], index=False)
+    rows[1:].to_csv(paths[2], index=False)
+    rows.assign(seed=0).to_csv(paths[3], index=False)
+    pd.testing.assert_frame_equal(read_tables(paths[:2]), rows)
+    pd.testing.assert_frame_equal(read_tables(paths[:1]), rows[:2])
+    with pytest.raises(AnalysisError, match="^x at 2 tokens is there twice"):
+        read_tables([paths[0], paths[2]])
+    with pytest.raises(AnalysisError, match=r"d\.csv: .*a\.csv has other columns: seed$"):
+        read_tables([paths[0], paths[3]])
 
 
 @pytest.mark.parametrize(
