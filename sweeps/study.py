@@ -8,6 +8,7 @@ In order:
   weight_decay   five decays for each arm at two sizes, at the rates found
   grid           five sizes x five ratios of tokens to parameters, both arms, up to three seeds;
                  bfloat16 at two sizes
+  rate_check     half and twice the rates taken, at a size where they were extrapolated
   arms           at two sizes: ternary weights with 16-bit activations, binary, int4
   held_out       the next two sizes, whose losses are predicted before they are trained
 
@@ -30,6 +31,7 @@ from sweeps.grid import Point, axis, chain, parse_arg, product
 
 PAIR = ("ternary", "fp16")
 RATES = tuple(2.0**k for k in (-2, -1, -0.5, 0, 0.5, 1))  # of the default for size and arm
+CHECKS = (0.5, 2.0)  # of the rate taken
 DECAYS = (0.0, 0.03, 0.1, 0.3, 1.0)
 EXTRA_ARMS: tuple[Point, ...] = (
     {"precision": "ternary", "quantization.activations": "none"},
@@ -61,7 +63,8 @@ class Budget:
     found: rates and decays, once they are known; without, the default recipe's are taken.
     tuned: sizes of the learning-rate part with their ratios. decayed: of the weight-decay part.
     sizes: of the grid, with the seeds of each. sixteen_bit: sizes that bfloat16 joins.
-    extra: sizes of the further arms. held_out: predicted first, with their ratios.
+    checked: sizes whose rates were extrapolated, with their ratios; what CHECKS leaves out is in
+    the grid. extra: sizes of the further arms. held_out: predicted first, with their ratios.
     """
 
     found: Tuned | None
@@ -73,6 +76,7 @@ class Budget:
     sizes: dict[str, int]
     ratios: tuple[float, ...]
     sixteen_bit: tuple[str, ...]
+    checked: dict[str, tuple[float, ...]]
     extra: tuple[str, ...]
     held_out: dict[str, tuple[float, ...]]
 
@@ -94,6 +98,7 @@ BUDGETS = {
         sizes={"27k": 3, "56k": 3, "95k": 3, "160k": 2, "330k": 1},
         ratios=(10, 20, 40, 80, 160),
         sixteen_bit=("27k", "95k"),
+        checked={"330k": (10,)},
         extra=("27k", "95k"),
         held_out={"800k": (10, 20), "1.5m": (5, 10)},
     ),
@@ -109,11 +114,12 @@ BUDGETS = {
         sizes={"330k": 3, "800k": 3, "1.5m": 3, "2.7m": 2, "7m": 1},
         ratios=(5, 10, 20, 40, 80),
         sixteen_bit=("330k", "1.5m"),
+        checked={"7m": (5,)},
         extra=("330k", "1.5m"),
         held_out={"24m": (5, 10), "60m": (5,)},
     ),
 }
-PARTS = ("learning_rate", "weight_decay", "grid", "arms", "held_out")
+PARTS = ("learning_rate", "weight_decay", "grid", "rate_check", "arms", "held_out")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -144,6 +150,7 @@ def sweep(config: ConfigDict) -> list[Point]:
         "learning_rate": _learning_rate,
         "weight_decay": _weight_decay,
         "grid": _grid,
+        "rate_check": _rate_check,
         "arms": _arms,
         "held_out": _held_out,
     }[config.sweep.part](budget)
@@ -182,6 +189,16 @@ def _grid(budget: Budget) -> list[Point]:
         for arm in axis("precision", PAIR)
     ]
     return chain([{**run, "seed": 0} for run in chain(first, bf16)], again)
+
+
+def _rate_check(budget: Budget) -> list[Point]:
+    return [
+        {**run, "optim.peak_lr": factor * run["optim.peak_lr"]}
+        for size, ratios in budget.checked.items()
+        for arm in axis("precision", PAIR)
+        for run in [_run(budget, size, ratios, arm)]
+        for factor in CHECKS
+    ]
 
 
 def _arms(budget: Budget) -> list[Point]:

@@ -390,6 +390,19 @@ def test_study_grid_has_five_sizes_of_five_ratios_and_three_seeds_at_the_small_e
     assert len(seeds) == 5 and seeds["27k"] == [0, 1, 2] == seeds["95k"]
 
 
+def test_study_checks_rates_that_were_extrapolated():
+    """On either side of what the grid takes there, at sizes that were not tuned."""
+    taken_there = study.sweep(study.get_config("part=grid"))
+    grid = {(p["model.size"], p["precision"]): p for p in taken_there}
+    points = study.sweep(study.get_config("part=rate_check"))
+    assert {p["model.size"] for p in points}.isdisjoint(study.BUDGETS["cpu"].tuned)
+    for p in points:
+        taken = grid[p["model.size"], p["precision"]]
+        assert p["optim.peak_lr"] / taken["optim.peak_lr"] in study.CHECKS
+        assert p["optim.weight_decay"] == taken["optim.weight_decay"]
+        assert set(p["train.tokens"]) < set(taken["train.tokens"])
+
+
 def test_study_takes_the_rates_that_its_first_part_found():
     """The constants are the least-squares fit to the committed optima."""
     table = read_table(FOLDER.parent / "results/study-cpu/learning_rate/endpoints.csv")
