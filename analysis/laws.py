@@ -77,7 +77,7 @@ class Law:
     distinct: different values of each count without which the parameters are not determined.
     equation: with {parameter} where a parameter's name or value goes.
     groups: labels, the baseline first, once the law is bound to them.
-    natural: coordinates to parameters, where `Parameter.scales_with` cannot say it.
+    natural: coordinates to those parameters of which `Parameter.scales_with` cannot say it.
     """
 
     name: str
@@ -142,10 +142,10 @@ class Law:
 
     def in_units(self, coordinates: Params, scales: Mapping[str, Any]) -> dict[str, Any]:
         """Parameters of the paper from those for `input / scales[input]`."""
-        if self.natural is not None:
-            return dict(self.natural(coordinates, scales))
-        natural = {}
+        natural = {} if self.natural is None else dict(self.natural(coordinates, scales))
         for parameter in self.parameters:
+            if parameter.full_name in natural:
+                continue
             value = coordinates[parameter.full_name]
             for by in parameter.scales_with:
                 exponent = f"{by.exponent}[{parameter.group}]" if parameter.group else by.exponent
@@ -232,8 +232,6 @@ def _kaplan_natural(q: Params, scales: Mapping[str, Any]) -> Params:
     return {
         "N_c": q["N_c"] ** (1 / q["alpha_N"]) * scales["n"],
         "D_c": q["D_c"] ** (1 / q["alpha_D"]) * scales["d"],
-        "alpha_N": q["alpha_N"],
-        "alpha_D": q["alpha_D"],
     }
 
 
@@ -292,10 +290,15 @@ def effective_multiplier(p: Params, x: Inputs, group: str) -> Any:
     return own["rho"] * n ** own["mu"] * d ** own["nu"]
 
 
-def _epm(p: Params, x: Inputs) -> Any:
+def _constant(p: Params, x: Inputs) -> Inputs:
+    """What a group's parameters are worth, wherever: rho of the baseline's."""
+    return {"n": x["n"] * p["rho"], "d": x["d"]}
+
+
+def _moving(p: Params, x: Inputs) -> Inputs:
+    """What they are worth where that moves with N and D."""
     n, d = (x[name] / EPM_REFERENCE[name] for name in ("n", "d"))
-    worth = p["rho"] * _to(p["mu"], n) * _to(p["nu"], d)
-    return _chinchilla(p, {"n": x["n"] * worth, "d": x["d"]})
+    return {"n": x["n"] * p["rho"] * _to(p["mu"], n) * _to(p["nu"], d), "d": x["d"]}
 
 
 # ---- The laws ------------------------------------------------------------------------------------
@@ -319,7 +322,28 @@ def _power_law(name: str, of: str, source: str) -> Law:
 
 _CHINCHILLA_EQUATION = "L = {E} + {A} / N^{alpha} + {B} / D^{beta}"
 _SEPARATE_EQUATION = "A_g / N^alpha_g + B_g / D^beta_g for each group g"
+_KAPLAN_EQUATION = "L = (({N_c} / N)^({alpha_N} / {alpha_D}) + {D_c} / D)^{alpha_D}"
+_MOVING_EQUATION = "N_eff = rho (N / 10^6)^mu (D / 10^8)^nu N"
 _EFFECTIVE_EQUATION = "L = {E} + {A} / N_eff^{alpha} + {B} / D^{beta}, "
+
+_CRITICAL_COUNTS = (
+    Parameter("N_c", (0.3, 0.6, 0.9), (1e-3, 2.0), in_loss_units=True),
+    Parameter("D_c", (0.3, 0.6, 0.9), (1e-3, 2.0), in_loss_units=True),
+    Parameter("alpha_N", (0.05, 0.1, 0.3), (0.005, 4.0)),
+    Parameter("alpha_D", (0.05, 0.1, 0.3), (0.005, 4.0)),
+)
+_MULTIPLIER = Parameter("rho", (0.5,), (1e-5, 1e3), group_value=1.0)
+_MOVING_MULTIPLIER = (
+    replace(
+        _MULTIPLIER,
+        scales_with=(
+            Scaled("n", "mu", -1, EPM_REFERENCE["n"]),
+            Scaled("d", "nu", -1, EPM_REFERENCE["d"]),
+        ),
+    ),
+    Parameter("mu", (0.0,), (-1.0, 1.0), domain="real", group_value=0.0),
+    Parameter("nu", (0.0,), (-1.0, 1.0), domain="real", group_value=0.0),
+)
 
 _ALL = (
     Law(
@@ -346,16 +370,11 @@ _ALL = (
     ),
     Law(
         name="kaplan",
-        parameters=(
-            Parameter("N_c", (0.3, 0.6, 0.9), (1e-3, 2.0), in_loss_units=True),
-            Parameter("D_c", (0.3, 0.6, 0.9), (1e-3, 2.0), in_loss_units=True),
-            Parameter("alpha_N", (0.05, 0.1, 0.3), (0.005, 4.0)),
-            Parameter("alpha_D", (0.05, 0.1, 0.3), (0.005, 4.0)),
-        ),
+        parameters=_CRITICAL_COUNTS,
         inputs=("n", "d"),
         distinct=2,
         formula=_kaplan,
-        equation="L = (({N_c} / N)^({alpha_N} / {alpha_D}) + {D_c} / D)^{alpha_D}",
+        equation=_KAPLAN_EQUATION,
         source="Kaplan et al. 2020 (arXiv:2001.08361), eq. 1.5",
         natural=_kaplan_natural,
     ),
@@ -443,35 +462,41 @@ _ALL = (
     ),
     Law(
         name="rho",
-        parameters=(*_sum_of_powers(), Parameter("rho", (0.5,), (1e-5, 1e3), group_value=1.0)),
+        parameters=(*_sum_of_powers(), _MULTIPLIER),
         inputs=("n", "d", "group"),
         distinct=3,
-        formula=lambda p, x: _chinchilla(p, {"n": x["n"] * p["rho"], "d": x["d"]}),
+        formula=lambda p, x: _chinchilla(p, _constant(p, x)),
         equation=_EFFECTIVE_EQUATION + "N_eff = rho N",
         source="Frantar et al. 2025 (arXiv:2502.16440), in Chinchilla's letters",
     ),
     Law(
         name="epm",
-        parameters=(
-            *_sum_of_powers(),
-            Parameter(
-                "rho",
-                (0.5,),
-                (1e-5, 1e3),
-                group_value=1.0,
-                scales_with=(
-                    Scaled("n", "mu", -1, EPM_REFERENCE["n"]),
-                    Scaled("d", "nu", -1, EPM_REFERENCE["d"]),
-                ),
-            ),
-            Parameter("mu", (0.0,), (-1.0, 1.0), domain="real", group_value=0.0),
-            Parameter("nu", (0.0,), (-1.0, 1.0), domain="real", group_value=0.0),
-        ),
+        parameters=(*_sum_of_powers(), *_MOVING_MULTIPLIER),
         inputs=("n", "d", "group"),
         distinct=3,
-        formula=_epm,
-        equation=_EFFECTIVE_EQUATION + "N_eff = rho (N / 10^6)^mu (D / 10^8)^nu N",
+        formula=lambda p, x: _chinchilla(p, _moving(p, x)),
+        equation=_EFFECTIVE_EQUATION + _MOVING_EQUATION,
         source="this project: a multiplier that moves with N and D",
+    ),
+    Law(
+        name="kaplan_rho",
+        parameters=(*_CRITICAL_COUNTS, _MULTIPLIER),
+        inputs=("n", "d", "group"),
+        distinct=2,
+        formula=lambda p, x: _kaplan(p, _constant(p, x)),
+        equation=_KAPLAN_EQUATION.replace("/ N)", "/ N_eff)") + ", N_eff = rho N",
+        source="this project: a multiplier of N in Kaplan et al.'s form",
+        natural=_kaplan_natural,
+    ),
+    Law(
+        name="kaplan_epm",
+        parameters=(*_CRITICAL_COUNTS, *_MOVING_MULTIPLIER),
+        inputs=("n", "d", "group"),
+        distinct=2,
+        formula=lambda p, x: _kaplan(p, _moving(p, x)),
+        equation=_KAPLAN_EQUATION.replace("/ N)", "/ N_eff)") + f", {_MOVING_EQUATION}",
+        source="this project: a multiplier that moves with N and D, in Kaplan et al.'s form",
+        natural=_kaplan_natural,
     ),
     Law(
         name="shared_offset",

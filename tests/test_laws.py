@@ -85,10 +85,15 @@ def power_case(of):
     return params, {of: x}, 1.76 + 185 * x**-0.26
 
 
+KAPLAN = {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}
+
+
+def kaplan(n, d):
+    return ((8.8e13 / n) ** (0.076 / 0.095) + 5.4e13 / d) ** 0.095
+
+
 def kaplan_case():
-    params = {"N_c": 8.8e13, "D_c": 5.4e13, "alpha_N": 0.076, "alpha_D": 0.095}
-    loss = ((8.8e13 / N) ** (0.076 / 0.095) + 5.4e13 / D) ** 0.095
-    return params, {"n": N, "d": D}, loss
+    return KAPLAN, {"n": N, "d": D}, kaplan(N, D)
 
 
 def spectra_case():
@@ -163,6 +168,23 @@ def frantar_case():
     return params | {"eff[ternary]": 0.6, "eff[binary]": 0.2}, x, loss
 
 
+def kaplan_rho_case():
+    params, x, _ = rho_case()
+    worth = np.select([x["group"] == "ternary", x["group"] == "binary"], [0.6, 0.2], 1.0)
+    params = KAPLAN | {name: value for name, value in params.items() if "[" in name}
+    return params, x, kaplan(worth * x["n"], x["d"])
+
+
+def kaplan_epm_case():
+    params, x, _ = epm_case()
+    own = {name: value for name, value in params.items() if "[" in name}
+    worth = np.ones_like(x["n"])
+    for arm in ("ternary", "binary"):
+        moved = (x["n"] / 1e6) ** own[f"mu[{arm}]"] * (x["d"] / 1e8) ** own[f"nu[{arm}]"]
+        worth = np.where(x["group"] == arm, own[f"rho[{arm}]"] * moved, worth)
+    return KAPLAN | own, x, kaplan(worth * x["n"], x["d"])
+
+
 def epm_case():
     n, d, label, each = groups()
     worth = (
@@ -190,6 +212,8 @@ CASES = {
     "unified": unified_case,
     "rho": rho_case,
     "epm": epm_case,
+    "kaplan_rho": kaplan_rho_case,
+    "kaplan_epm": kaplan_epm_case,
 }
 
 
