@@ -58,7 +58,7 @@ class Scores:
     def readable(self) -> str:
         """The document as lines for a person."""
         document = self.to_json()
-        lines = [self.rows.to_string(index=False)] if len(self.rows) else []
+        lines = [_short(self.rows).to_string(index=False)] if len(self.rows) else []
         if len(self.rows):
             covered = "" if self.coverage is None else f", {self.coverage:.0%} inside the intervals"
             lines.append(
@@ -71,10 +71,20 @@ class Scores:
         return "\n".join([*lines, *(f"warning: {warning}" for warning in self.warnings)])
 
 
+NAMED = ("run_id", "tokens")  # enough to name an endpoint of this project
+
+
 def carried(row: Mapping[str, Any]) -> str:
     """What a planned row says of its run, in words; of this project's its name and tokens."""
-    names = ("run_id", "tokens") if {"run_id", "tokens"} <= row.keys() else row
+    names = NAMED if set(NAMED) <= row.keys() else row
     return ", ".join(f"{name} {row[name]}" for name in names if name not in PREDICTED)
+
+
+def _short(rows: pd.DataFrame) -> pd.DataFrame:
+    """Likewise of a table: what names a run, and the score."""
+    if not set(NAMED) <= set(rows.columns):
+        return rows
+    return rows[[*NAMED, *rows.columns[list(rows.columns).index(PREDICTED[0]) :]]]
 
 
 def read_predictions(path: str | Path) -> dict[str, Any]:
