@@ -391,13 +391,16 @@ def test_study_grid_has_five_sizes_of_five_ratios_and_three_seeds_at_the_small_e
 
 
 def test_study_checks_rates_that_were_extrapolated():
-    """On either side of what the grid takes there, at sizes that were not tuned."""
-    taken_there = study.sweep(study.get_config("part=grid"))
-    grid = {(p["model.size"], p["precision"]): p for p in taken_there}
+    """On either side of what the grid or the held-out part takes there, at sizes not tuned."""
+    taken_there = {
+        (p["model.size"], p["precision"]): p
+        for part in ("grid", "held_out")
+        for p in study.sweep(study.get_config(f"part={part}"))
+    }
     points = study.sweep(study.get_config("part=rate_check"))
     assert {p["model.size"] for p in points}.isdisjoint(study.BUDGETS["cpu"].tuned)
     for p in points:
-        taken = grid[p["model.size"], p["precision"]]
+        taken = taken_there[p["model.size"], p["precision"]]
         assert p["optim.peak_lr"] / taken["optim.peak_lr"] in study.CHECKS
         assert p["optim.weight_decay"] == taken["optim.weight_decay"]
         assert set(p["train.tokens"]) < set(taken["train.tokens"])
