@@ -23,6 +23,7 @@ from scipy.interpolate import PchipInterpolator
 
 from analysis.arm_pairs import COSTS, baseline_of
 from analysis.command import Parser, status
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.seed_noise import seed_noise
 from analysis.tables import (
     TABLES_HELP,
@@ -50,9 +51,9 @@ def equal_loss(
     noise: standard deviation of a run's loss from seed to seed (nats a token); default: that of the
     table's repeated seeds.
 
-    Columns: size, tokens, ratio (tokens a parameter), loss, rho (the baseline's parameters over the
-    treatment's at equal loss and tokens), and of costs that the table has the treatment's over the
-    baseline's; each with ..._low and ..._high.
+    Columns: size, params_non_embedding, tokens, ratio (tokens a parameter), loss, rho (the
+    baseline's parameters over the treatment's at equal loss and tokens), and of costs that the
+    table has the treatment's over the baseline's; each with ..._low and ..._high.
 
     Raises:
       AnalysisError: a missing column, unknown noise, or no such row.
@@ -81,8 +82,9 @@ def equal_loss(
         size = _where(np.log(parameters), losses, wanted)  # [1 + R], logarithms
         if not np.isfinite(size[0]):
             continue
-        row = {"size": cell.size, "tokens": cell.tokens, "loss": cell.loss}
-        row["ratio"] = cell.tokens / cell.params_non_embedding
+        row = {"size": cell.size, "params_non_embedding": cell.params_non_embedding,
+               "tokens": cell.tokens, "ratio": cell.tokens / cell.params_non_embedding,
+               "loss": cell.loss}  # fmt: skip
         row |= _with_interval("rho", np.exp(size) / cell.params_non_embedding)
         for cost in costs:
             there = _cost_at(size, parameters, curve[cost].to_numpy(float))
@@ -164,6 +166,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--baseline", metavar="ARM", help="default: fp16, bf16 or fp32")
     parser.add_argument("--noise", type=float, metavar="NATS", help="default: of repeated seeds")
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
+    add_plot(parser, "draw what a parameter is worth")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return parser
 
@@ -171,6 +174,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     if args.noise is not None and not 0 < args.noise < 1:
         raise AnalysisError(f"--noise={args.noise}: it must lie between 0 and 1 nats")
+    plot = plot_path(args.plot)
     frame = read_tables(args.files)
     rows = frame if args.where is None else select(frame, args.where)
     require(rows, "precision")
@@ -178,6 +182,11 @@ def _run(args: argparse.Namespace) -> None:
     if baseline is None:
         raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
     found = equal_loss(rows, baseline, args.treatment, noise=args.noise)
+    if plot is not None:
+        from analysis import paired_figures
+
+        draw = lambda: paired_figures.worth(found, baseline, args.treatment)  # noqa: E731
+        write_figures(plot, {"": draw})
     if args.json:
         records: list[dict[str, Any]] = json.loads(found.to_json(orient="records"))
         print(json.dumps(records, indent=2))

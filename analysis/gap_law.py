@@ -28,6 +28,7 @@ from scipy.optimize import least_squares
 from analysis.arm_pairs import baseline_of
 from analysis.command import Parser, status
 from analysis.intervals import resamples
+from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
@@ -97,7 +98,7 @@ def fit_gap_law(
     Raises:
       AnalysisError: too few pairs, sizes or budgets, or a treatment that is not above the baseline.
     """
-    pairs = _pairs(frame, baseline, treatment)
+    pairs = pairs_of(frame, baseline, treatment)
     runs = (pairs["size"].astype(str) + " " + pairs["seed"].astype(str)).to_numpy()
     count = len(set(runs))
     if count < FEWEST or pairs["size"].nunique() < 3 or pairs["tokens"].nunique() < 3:
@@ -146,7 +147,7 @@ def new_gaps(law: GapLaw, frame: pd.DataFrame) -> pd.DataFrame:
     require(frame, "size", "precision", *UNITS)
     trained = "loss" in frame
     if trained:
-        table = _pairs(frame, law.baseline, law.treatment)
+        table = pairs_of(frame, law.baseline, law.treatment)
         table = table.groupby(["size", *UNITS], as_index=False)["difference"].mean()
     else:
         cells = frame.groupby(["size", *UNITS])["precision"].agg(set).reset_index()
@@ -163,8 +164,8 @@ def new_gaps(law: GapLaw, frame: pd.DataFrame) -> pd.DataFrame:
     return found
 
 
-def _pairs(frame: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
-    """Paired differences, with the parameters of each size."""
+def pairs_of(frame: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
+    """Paired differences (tables.paired_differences), with the parameters of each size."""
     require(frame, "size", "precision", *UNITS)
     rows = finished(frame)
     pairs = paired_differences(rows, baseline, treatment)
@@ -193,6 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--where", metavar="EXPR", help="rows to use, as 'size == \"95k\"'")
     parser.add_argument("--new", metavar="TABLE", help="other endpoints, planned or trained")
     parser.add_argument("--bootstrap", type=int, default=1000, metavar="N", help="draws")
+    add_plot(parser, "draw the differences with the law")
     parser.add_argument("--json", action="store_true", help="print JSON instead of lines")
     return parser
 
@@ -200,6 +202,7 @@ def _parser() -> argparse.ArgumentParser:
 def _run(args: argparse.Namespace) -> None:
     if args.bootstrap < 100:
         raise AnalysisError(f"--bootstrap={args.bootstrap}: at least 100 draws")
+    plot = plot_path(args.plot)
     frame = read_tables(args.files)
     rows = frame if args.where is None else select(frame, args.where)
     require(rows, "precision")
@@ -208,6 +211,11 @@ def _run(args: argparse.Namespace) -> None:
         raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
     law = fit_gap_law(rows, baseline, args.treatment, bootstrap=args.bootstrap)
     new = None if args.new is None else new_gaps(law, read_table(args.new))
+    if plot is not None:
+        from analysis import paired_figures
+
+        pairs = pairs_of(rows, baseline, args.treatment)
+        write_figures(plot, {"": lambda: paired_figures.distances(law, pairs, new)})
     if args.json:
         document: dict[str, Any] = {k: v for k, v in asdict(law).items() if k != "draws"}
         document["new"] = [] if new is None else json.loads(new.to_json(orient="records"))

@@ -8,7 +8,7 @@ In order:
   weight_decay   five decays for each arm at two sizes, at the rates found
   grid           five sizes x five ratios of tokens to parameters, both arms, up to three seeds;
                  bfloat16 at two sizes
-  rate_check     half and twice the rates taken, at a size where they were extrapolated
+  rate_check     half and twice the rates taken, at sizes where they were extrapolated
   arms           at two sizes: ternary weights with 16-bit activations, binary, int4
   held_out       the next two sizes, whose losses are predicted before they are trained
 
@@ -64,7 +64,8 @@ class Budget:
     tuned: sizes of the learning-rate part with their ratios. decayed: of the weight-decay part.
     sizes: of the grid, with the seeds of each. sixteen_bit: sizes that bfloat16 joins.
     checked: sizes whose rates were extrapolated, with their ratios; what CHECKS leaves out is in
-    the grid. extra: sizes of the further arms. held_out: predicted first, with their ratios.
+    the grid. extra: sizes of the further arms, with the seeds of each. held_out: predicted first,
+    with their ratios.
     """
 
     found: Tuned | None
@@ -77,7 +78,7 @@ class Budget:
     ratios: tuple[float, ...]
     sixteen_bit: tuple[str, ...]
     checked: dict[str, tuple[float, ...]]
-    extra: tuple[str, ...]
+    extra: dict[str, int]
     held_out: dict[str, tuple[float, ...]]
 
 
@@ -95,11 +96,11 @@ BUDGETS = {
         eval_tokens=524_288,
         tuned={"27k": (10, 40, 160), "56k": (10, 40), "95k": (10, 40)},
         decayed={"27k": (10, 40, 160), "95k": (10, 40)},
-        sizes={"27k": 3, "56k": 3, "95k": 3, "160k": 2, "330k": 1},
+        sizes={"27k": 3, "56k": 3, "95k": 3, "160k": 2, "330k": 2},
         ratios=(10, 20, 40, 80, 160),
         sixteen_bit=("27k", "95k"),
         checked={"330k": (10,), "800k": (10,)},
-        extra=("27k", "95k"),
+        extra={"27k": 3, "95k": 3},
         held_out={"800k": (10, 20), "1.5m": (5, 10)},
     ),
     # Not run yet: nothing is tuned, and the ratios are those that 60 million tokens of text allow
@@ -115,7 +116,7 @@ BUDGETS = {
         ratios=(5, 10, 20, 40, 80),
         sixteen_bit=("330k", "1.5m"),
         checked={"7m": (5,)},
-        extra=("330k", "1.5m"),
+        extra={"330k": 1, "1.5m": 1},
         held_out={"24m": (5, 10), "60m": (5,)},
     ),
 }
@@ -202,7 +203,12 @@ def _rate_check(budget: Budget) -> list[Point]:
 
 
 def _arms(budget: Budget) -> list[Point]:
-    return [_run(budget, size, budget.ratios, arm) for size in budget.extra for arm in EXTRA_ARMS]
+    return [
+        {**_run(budget, size, budget.ratios, arm), "seed": seed}
+        for size, seeds in budget.extra.items()
+        for seed in range(seeds)
+        for arm in EXTRA_ARMS
+    ]
 
 
 def _held_out(budget: Budget) -> list[Point]:

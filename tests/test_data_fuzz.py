@@ -184,7 +184,8 @@ def test_a_hundred_damaged_texts(tmp_path, kind):
         path.write_bytes(data)
         try:
             with limited():
-                prepare([str(path)], "bytes", out, valid_sources=[str(other)])
+                options = {"valid_sources": [str(other)], "keep_duplicates": True}
+                prepare([str(path)], "bytes", out, **options)
         except DataError as error:
             assert refused(error) and str(path.name) in str(error), number
             counts["refused"] += 1
@@ -711,7 +712,7 @@ def test_a_wheel_of_zeros_takes_bounded_memory(tmp_path, monkeypatch):
 def test_a_text_that_is_gone_from_the_cache(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("BITNET_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "cache" / "wikitext-2-raw").mkdir(parents=True)
-    with pytest.raises(DataError, match="train.txt: cannot be read .* delete .*wikitext-2-raw"):
+    with pytest.raises(DataError, match="valid.txt: cannot be read .* delete .*wikitext-2-raw"):
         resolve("wikitext-2")
 
 

@@ -95,13 +95,48 @@ def test_split_does_not_depend_on_order_or_file(tmp_path, text):
     assert valid[0] == valid[1]
 
 
-def test_duplicates_stay_on_one_side(tmp_path):
+def test_kept_duplicates_stay_on_one_side(tmp_path):
     path = write_documents(tmp_path / "twice.txt", DOCUMENTS + DOCUMENTS)
-    prepare([path], "bytes", tmp_path / "out", valid_fraction=0.3)
+    prepare([path], "bytes", tmp_path / "out", valid_fraction=0.3, keep_duplicates=True)
     corpus = load(tmp_path / "out")
     train, valid = split_documents(corpus, "train"), split_documents(corpus, "valid")
     assert len(train) + len(valid) == 2 * len(DOCUMENTS)
     assert not set(train) & set(valid)
+
+
+def test_duplicates_are_left_out(tmp_path, text):
+    """But for white space; the rest is as if they had never been there."""
+    spaced = [document.replace(" ", "\n\t") + "\n" for document in DOCUMENTS[:150]]
+    path = write_documents(tmp_path / "twice.txt", DOCUMENTS + DOCUMENTS[::-1] + spaced)
+    twice = prepare([path], "bytes", tmp_path / "a", valid_fraction=0.3)["splits"]
+    once = prepare([text], "bytes", tmp_path / "b", valid_fraction=0.3)["splits"]
+    for split, dropped in (("train", 350), ("valid", 0)):
+        assert twice[split].pop("duplicates") == dropped
+        assert once[split].pop("duplicates") == 0
+        assert twice[split] == once[split]
+
+
+def test_training_does_not_see_a_document_that_validates(tmp_path, text):
+    valid = write_documents(tmp_path / "valid.txt", ["own\n", *DOCUMENTS[50:60], "own\n"])
+    counts = prepare([text], "bytes", tmp_path / "out", valid_sources=[valid])["splits"]
+    corpus = load(tmp_path / "out")
+    train = split_documents(corpus, "train")
+    assert train == [document.encode() for document in DOCUMENTS[:50] + DOCUMENTS[60:]]
+    assert len(split_documents(corpus, "valid")) == 11
+    assert (counts["train"]["duplicates"], counts["valid"]["duplicates"]) == (10, 1)
+
+
+def test_a_corpus_of_before_may_hold_duplicates(tmp_path, text):
+    """So it is the same one only if they may stay."""
+    out = tmp_path / "out"
+    prepare([text], "bytes", out, valid_fraction=0.2, keep_duplicates=True)
+    manifest = json.loads((out / "manifest.json").read_text())
+    del manifest["keep_duplicates"]
+    (out / "manifest.json").write_text(json.dumps(manifest))
+    again = prepare([text], "bytes", out, valid_fraction=0.2, keep_duplicates=True)
+    assert again == manifest
+    with pytest.raises(DataError, match="has other content"):
+        prepare([text], "bytes", out, valid_fraction=0.2)
 
 
 def test_same_again_is_left_alone_and_other_content_refused(tmp_path, text):

@@ -406,6 +406,30 @@ def test_study_checks_rates_that_were_extrapolated():
         assert set(p["train.tokens"]) < set(taken["train.tokens"])
 
 
+@pytest.mark.parametrize("part", study.PARTS)
+def test_the_study_s_tables_have_its_runs(part):
+    """Each run of a part is in its table with all of its budgets, and nothing else is."""
+    config = study.get_config(f"part={part}")
+    decay = config.optim.weight_decay
+    wanted = {
+        (p["model.size"], _arm(p), p.get("seed", 0), round(tokens / config.train.batch_tokens),
+         f"{p['optim.peak_lr']:.5g}", p.get("optim.weight_decay", decay))
+        for p in study.sweep(config) for tokens in p["train.tokens"]
+    }  # fmt: skip
+    table = read_table(FOLDER.parent / f"results/study-cpu/{part}/endpoints.csv")
+    table["batches"] = table["tokens"] // table["batch_tokens"]
+    table["rate"] = [f"{rate:.5g}" for rate in table["peak_lr"]]
+    columns = ["size", "precision", "seed", "batches", "rate", "weight_decay"]
+    assert set(table[columns].itertuples(index=False, name=None)) == wanted
+    assert len(table) == len(wanted) and (table["status"] == "ok").all()
+
+
+def _arm(point):
+    """As a table names it."""
+    changes = [f"{key.partition('.')[2]}={point[key]}" for key in point if key.startswith("quant")]
+    return "+".join([point["precision"], *changes])
+
+
 def test_study_takes_the_rates_that_its_first_part_found():
     """The constants are the least-squares fit to the committed optima."""
     table = read_table(FOLDER.parent / "results/study-cpu/learning_rate/endpoints.csv")

@@ -82,6 +82,9 @@ def _parser() -> argparse.ArgumentParser:
         "--megabytes", type=float, metavar="X", help="of the sources, at most; default: all of them"
     )
     command.add_argument("--seed", type=int, default=0, help="of the split (%(default)s)")
+    command.add_argument(
+        "--keep_duplicates", action="store_true", help="equal documents stay; default: the first"
+    )
 
     command = commands.add_parser("info", help="print what a prepared corpus holds")
     command.set_defaults(run=_info)
@@ -120,6 +123,7 @@ def _prepare(arguments: argparse.Namespace) -> None:
         valid_sources=arguments.valid,
         text_field=arguments.text_field,
         most_bytes=None if megabytes is None else round(megabytes * 1e6),
+        keep_duplicates=arguments.keep_duplicates,
     )
     _print_corpus(arguments.out)
 
@@ -137,6 +141,7 @@ def _print_corpus(path) -> None:
         print(
             f"  {split}: {counts['tokens']:,} tokens, {counts['bytes']:,} bytes, "
             f"{counts['documents']:,} documents"
+            + (f", {counts['duplicates']:,} duplicates left out" if "duplicates" in counts else "")
         )
 
 

@@ -31,13 +31,15 @@ def prepare(
     valid_sources: Sequence[str] | None = None,
     text_field: str = "text",
     most_bytes: int | None = None,
+    keep_duplicates: bool = False,
 ) -> dict[str, Any]:
     """Tokenizes text into a corpus directory and returns its manifest.
 
-    Whole documents go to training or to validation, by a hash of their text and `seed`: equal
-    documents land on the same side. An end-of-text token stands between two documents. The
-    source `wikitext-2` alone comes with its own validation text. The directory appears at once
-    and complete, or not at all.
+    Whole documents go to training or to validation, by a hash of their text and `seed`. A document
+    that was there before, but for white space, is left out, as is one of training that validates: a
+    loss on text that was trained on says nothing, and what is repeated is no new token to a law.
+    An end-of-text token stands between two documents. The source `wikitext-2` alone comes with its
+    own validation text. The directory appears at once and complete, or not at all.
 
     Args:
       sources: paths, directories, globs, `hf:NAME[:CONFIG[:SPLIT]]`, or `wikitext-2`.
@@ -47,6 +49,7 @@ def prepare(
         `valid_sources`.
       valid_sources: the validation text, if it is not to be split off.
       most_bytes: of the sources' text, up to the end of the document that passes it; None for all.
+      keep_duplicates: equal documents stay; they land on the same side of a split.
 
     Raises:
       DataError: sources that cannot be read, an empty split, an `out` with other content.
@@ -63,6 +66,7 @@ def prepare(
         seed=seed,
         text_field=text_field,
         most_bytes=most_bytes,
+        keep_duplicates=keep_duplicates,
     )
 
 
@@ -76,6 +80,7 @@ def build(
     seed: int = 0,
     text_field: str = "text",
     most_bytes: int | None = None,
+    keep_duplicates: bool = False,
 ) -> dict[str, Any]:
     """`prepare` behind the names: the same, of opened sources. Without `valid` it splits."""
     _check_disjoint(train, valid)
@@ -101,6 +106,7 @@ def build(
         "seed": None if valid else seed,
         "text_field": text_field,
         "most_bytes": most_bytes,
+        "keep_duplicates": keep_duplicates,
         "sources": [{"split": s, "name": f.name, "sha256": f.sha256} for s, f in files],
     }
     existing = _existing(out, request)
@@ -108,7 +114,8 @@ def build(
         return existing
     choose = (lambda text: "train") if valid else _hash_split(valid_fraction, seed)
     with corpus.building(out) as partial:
-        counts = _write(partial, encoder, train, valid, choose, most_bytes)
+        seen = None if keep_duplicates else _Seen()
+        counts = _write(partial, encoder, train, valid, choose, most_bytes, seen)
         if encoder.path is not None:
             shutil.copyfile(encoder.path, partial / "tokenizer.json")
         corpus.write_manifest(partial, {**request, "splits": counts})
@@ -142,7 +149,8 @@ def _existing(out: Path, request: dict[str, Any]) -> dict[str, Any] | None:
         manifest = corpus.load(out).manifest
     except DataError:
         manifest = {}
-    if {key: manifest.get(key) for key in request} != request:
+    before = {"keep_duplicates": True}  # when there was no choice
+    if {key: (before | manifest).get(key) for key in request} != request:
         raise DataError(f"out {str(out)!r}: has other content; remove it or name another")
     _logger.info("%s: already prepared from the same sources", out)
     return manifest
@@ -158,6 +166,23 @@ def _hash_split(valid_fraction: float, seed: int) -> Callable[[bytes], str]:
     return split
 
 
+class _Seen:
+    """Documents by a hash of their words, which takes some hundred bytes for each."""
+
+    def __init__(self) -> None:
+        self._digests: set[bytes] = set()
+
+    def new(self, document: Document) -> bool:
+        """Whether it was not there before. What follows in a running text always is."""
+        if not document.separated:
+            return True
+        words = b" ".join(document.text.split())
+        digest = hashlib.blake2b(words, digest_size=16).digest()
+        before = len(self._digests)
+        self._digests.add(digest)
+        return len(self._digests) > before
+
+
 def _write(
     partial: Path,
     encoder: Tokenizer,
@@ -165,29 +190,40 @@ def _write(
     valid: list[Source],
     choose: Callable[[bytes], str],
     most_bytes: int | None,
+    seen: _Seen | None,
 ) -> dict[str, Any]:
-    """Writes both splits, `choose` dividing the documents of `train`; returns their counts."""
+    """Writes both splits, `choose` dividing the documents of `train`; returns their counts.
+
+    What validates comes first, so that it is training's that is left out.
+    """
     writers = {
         name: corpus.SplitWriter(partial, name, encoder.vocab_size, encoder.eot_token)
         for name in corpus.SPLITS
     }
+    dropped = dict.fromkeys(corpus.SPLITS, 0)
     try:
-        for sources, most, split_of in (
-            (train, most_bytes, choose),
-            (valid, None, lambda text: "valid"),
+        for split, sources, most, split_of in (
+            ("valid", valid, None, lambda text: "valid"),
+            ("train", train, most_bytes, choose),
         ):
             for batch in _batches(_documents(sources, most)):
-                for document, ids in zip(batch, encoder.encode(batch), strict=True):
+                kept = batch if seen is None else [d for d in batch if seen.new(d)]
+                dropped[split] += len(batch) - len(kept)
+                for document, ids in zip(kept, encoder.encode(kept), strict=True):
                     writer = writers[split_of(document.text)]
                     writer.add(ids, len(document.text), document.separated)
         documents = sum(writer.documents for writer in writers.values())
         for name, writer in writers.items():
             if not writer.documents:
                 raise DataError(
-                    f"the {name} split is empty ({documents} documents in all): change "
-                    "valid_fraction or seed, or give the validation text as --valid=PATH"
+                    f"the {name} split is empty ({documents} documents in all, "
+                    f"{sum(dropped.values())} duplicates left out): change valid_fraction or seed, "
+                    "or give the validation text as --valid=PATH"
                 )
-        return {name: writer.finish() for name, writer in writers.items()}
+        return {
+            name: writer.finish() | ({} if seen is None else {"duplicates": dropped[name]})
+            for name, writer in writers.items()
+        }
     finally:
         for writer in writers.values():
             writer.close()
