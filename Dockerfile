@@ -10,7 +10,8 @@ FROM python:3.12-slim
 ARG EXTRAS=""
 ARG COMMIT=""
 RUN test -n "$COMMIT" || { echo "give --build-arg COMMIT=\$(git rev-parse --short=12 HEAD)"; exit 1; }
-ENV BITNET_JAX_COMMIT=$COMMIT PYTHONUNBUFFERED=1
+# GKE mounts the driver of its GPU nodes there.
+ENV BITNET_JAX_COMMIT=$COMMIT PYTHONUNBUFFERED=1 LD_LIBRARY_PATH=/usr/local/nvidia/lib64
 
 RUN useradd --uid 1000 --create-home worker
 WORKDIR /opt/bitnet_jax

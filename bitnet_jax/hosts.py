@@ -8,6 +8,8 @@ decides anything. The first process writes; the others write nothing but their p
 import hashlib
 import os
 import re
+import sys
+import threading
 
 import jax
 import numpy as np
@@ -15,6 +17,7 @@ from jax.experimental import multihost_utils
 
 from bitnet_jax.errors import ConfigError, require, shown
 
+PATIENCE = 10  # seconds after which it is said who is waited for
 TIMEOUT = 300  # seconds that the processes wait for each other at the start: images may be fetched
 
 
@@ -31,16 +34,31 @@ def start(distributed: str, processes: int, process: int) -> None:
     if distributed != "auto":
         host, colon, port = distributed.rpartition(":")
         right = "give auto, or HOST:PORT of the first process"
-        require(bool(host and colon) and port.isdecimal(), "--distributed", distributed, right)
-        require(processes >= 1, "--processes", processes, "say how many there are")
+        reachable = bool(host and colon) and port.isdecimal() and 0 < int(port[:9]) < 2**16
+        require(reachable, "--distributed", distributed, right)
+        right = "say how many there are, and --process=I which this is"
+        require(processes >= 1, "--processes", processes, right)
         require(0 <= process < processes, "--process", process, f"of 0 to {processes - 1}")
         place = {"coordinator_address": distributed, "num_processes": processes,
                  "process_id": process}  # fmt: skip
+    waiting = threading.Timer(PATIENCE, _say_waiting, (distributed, processes))
+    waiting.daemon = True
+    waiting.start()
     try:
         jax.distributed.initialize(**place, initialization_timeout=TIMEOUT)  # type: ignore[arg-type]
     except (RuntimeError, ValueError) as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        if distributed == "auto" and "coordinator_address" in reason:
+            reason = "neither Slurm, a TPU pod, GKE nor MPI started this process; give HOST:PORT"
         raise ConfigError(f"--distributed={shown(distributed)}: {reason}") from error
+    finally:
+        waiting.cancel()
+
+
+def _say_waiting(distributed: str, processes: int) -> None:
+    """JAX is silent, and ends the process where somebody stays away."""
+    who = "the others" if distributed == "auto" else f"all {processes} processes at {distributed}"
+    print(f"waiting for {who}, for {TIMEOUT} s at most", file=sys.stderr, flush=True)
 
 
 def _slurm_devices() -> list[int] | None:

@@ -65,7 +65,8 @@ def worker_flags(argv: Sequence[str], but: Collection[str] = ()) -> list[str]:
 
 def show_plan(screen: Console, plan: Plan, script: str) -> None:
     """What a submission would do."""
-    display.show_plan(screen, plan, *flops_per_second(plan))
+    where = str(plan.directory.absolute())
+    display.show_plan(screen, plan, *flops_per_second(plan), where=where)
     screen.print(script, soft_wrap=True, markup=False, highlight=False, end="")
 
 
@@ -172,6 +173,13 @@ def check_code(plan: Plan, section: str) -> None:
     Raises:
       ConfigError: names the first run that it has trained.
     """
+    if (found := of_another_commit(plan)) is not None:
+        right = f"check that out, give another config.name, or set {section}.mixed_code=True"
+        raise ConfigError(f"{commits_differ(*found)}; {right}")
+
+
+def of_another_commit(plan: Plan) -> tuple[PlannedRun, str] | None:
+    """The first run of the plan that other code has begun, and its commit."""
     now = git_commit()
     for run in plan.runs:
         try:
@@ -180,7 +188,10 @@ def check_code(plan: Plan, section: str) -> None:
             continue
         others = [commit for commit in trained.split(JOINED) if commit != now]
         if others:
-            raise ConfigError(
-                f"{run.directory}: trained by commit {others[0]}, the code here is {now}; check "
-                f"that out, give another config.name, or set {section}.mixed_code=True"
-            )
+            return run, others[0]
+    return None
+
+
+def commits_differ(run: PlannedRun, commit: str) -> str:
+    """In words."""
+    return f"{run.directory}: trained by commit {commit}, the code here is {git_commit()}"

@@ -90,7 +90,10 @@ def _check_mesh(plan: Plan, wanted: k8s_options.Options) -> None:
 def show_plan(screen: Console, plan: Plan, wanted: Wanted) -> None:
     """What a submission would do, as a file that kubectl takes: the plan is a comment in it."""
     with screen.capture() as captured:
-        display.show_plan(screen, plan, *flops_per_second(plan))
+        where = wanted.options.url or wanted.options.mount
+        display.show_plan(
+            screen, plan, *flops_per_second(plan), where=f"{where}/{plan.directory.name}"
+        )
     for line in Text.from_ansi(captured.get()).plain.splitlines():
         screen.print(f"# {line}".rstrip(), soft_wrap=True, markup=False, highlight=False)
     text = k8s.manifest(wanted.options, plan.name, 1, wanted.command)

@@ -16,7 +16,7 @@ from ml_collections import ConfigDict, config_flags
 
 from bitnet_jax.configs.check import check_keys
 from bitnet_jax.errors import ConfigError, choose, clipped, shown
-from experiments.launch.store import is_url
+from experiments.launch.store import SCHEMES, is_url
 from experiments.plan import load_config
 
 ROOT = Path(__file__).parent.parent
@@ -117,6 +117,13 @@ def _check_url(values: flags.FlagValues) -> None:
             copy = "copy it here first, with your provider's tool"
             right = copy if name == "reproduce" else "it must be a folder of this machine"
             raise ConfigError(f"{name}={clipped(given)!r}: {right}")
+    scheme, _, bucket = values.workdir.partition(":")
+    if scheme in SCHEMES and (not is_url(values.workdir) or bucket == "//"):
+        right = f"give {scheme}://{'' if scheme == 'file' else 'BUCKET'}/PATH, or a folder"
+        raise ConfigError(f"workdir={clipped(values.workdir)!r}: {right}")
+    if scheme == "file" and values.launcher == "k8s":
+        right = "each pod has files of its own; give k8s.claim, or a workdir in object storage"
+        raise ConfigError(f"workdir={clipped(values.workdir)!r}: {right}")
     if not is_url(values.workdir):
         if values.scratch is not None:
             raise ConfigError("--scratch: only with a URL as --workdir; results go to the workdir")
@@ -223,10 +230,13 @@ def _check_keys(argv: list[str]) -> ConfigDict:
         check_keys(config)
     except ConfigError as error:
         raise ConfigError(f"--config={path}: {error}") from error
-    known = list(_keys(config))
+    known, given = list(_keys(config)), set()
     for flag, _, value in overrides:
         key = flag.removeprefix("config").lstrip(".")
         if key in known:
+            if key in given and _type(config, key) is tuple:  # absl would join them
+                raise ConfigError(f"config.{key}={shown(value)}: given twice; give it once")
+            given.add(key)
             _check_kind(config, key, value)
         elif key:
             close = difflib.get_close_matches(key, known, n=1)

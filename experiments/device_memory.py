@@ -96,6 +96,16 @@ def check(plan: Plan) -> None:
             raise ConfigError(_refusal(run, plan.corpus.train.nbytes, has))
 
 
+def check_said(plan: Plan) -> None:
+    """`check` for devices elsewhere: where launch.device_memory_gb says what they have.
+
+    Raises:
+      ConfigError: as `check` does.
+    """
+    if plan.runs[0].config.launch.device_memory_gb:
+        check(plan)
+
+
 def _surely(run: PlannedRun) -> int:
     said, on_cpu = run.config.launch.device_memory_gb, jax.default_backend() == "cpu"
     finest = AS_IT_IS if on_cpu or said else Change(microbatches=run.spec.batch_size)
@@ -138,10 +148,13 @@ def _remedies(run: PlannedRun, corpus_bytes: int, has: int) -> Iterator[str]:
         yield f"set mesh.data={devices}, over as many such devices"
 
 
-def show(screen: Console, plan: Plan) -> None:
-    """What a step needs of a device, by shape and arm."""
+def show(screen: Console, plan: Plan, elsewhere: bool = False) -> None:
+    """What a step needs of a device, by shape and arm. elsewhere: it is not one of this machine."""
     has, source = available(plan)
-    had = "unknown" if has is None else f"{amount(has)} ({source})"
+    if elsewhere and not plan.runs[0].config.launch.device_memory_gb:
+        has = None
+    unknown = "unknown: launch.device_memory_gb says it" if elsewhere else "unknown"
+    had = unknown if has is None else f"{amount(has)} ({source})"
     title = f"what a run needs of a device's memory, which is {had}"
     table = Table(title=title, title_justify="left")
     for column in ("size", "arm"):

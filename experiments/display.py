@@ -41,8 +41,15 @@ def duration(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
 
 
-def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str) -> None:
-    """The dry run's table: what each run is and costs."""
+def show_plan(
+    screen: Console,
+    plan: Plan,
+    flops_per_s: float,
+    rate_source: str,
+    where: str | None = None,
+) -> None:
+    """The dry run's table: what each run is and costs. where: it will train, if on other machines;
+    times are this one's all the same."""
     table = Table(title=f"{plan.name}: {len(plan.runs)} runs", title_justify="left")
     for column in ("size", "arm", "variant"):
         table.add_column(column)
@@ -68,13 +75,13 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
             run.state,
         )
     screen.print(table)
-    device_memory.show(screen, plan)
+    device_memory.show(screen, plan, elsewhere=where is not None)
     todo = sum(run.spec.total_flops for run in plan.runs if not run.finished)
     total = sum(run.spec.total_flops for run in plan.runs)
     screen.print(
         f"total {count(total)} FLOPs, still to do {count(todo)}: about "
         f"{duration(todo / flops_per_s)} and compilation, at {count(flops_per_s)} FLOP/s "
-        f"({rate_source})"
+        f"({rate_source}{'' if where is None else ', of this machine'})"
     )
     if any(len(run.spec.ends) > 1 for run in plan.runs):
         independent = sum(run.spec.independent_flops for run in plan.runs)
@@ -82,7 +89,8 @@ def show_plan(screen: Console, plan: Plan, flops_per_s: float, rate_source: str)
             f"branches share their trunks: {total / independent:.2f} of the {count(independent)} "
             "FLOPs that a run for each endpoint would cost"
         )
-    screen.print(f"results would go to {plan.directory}", soft_wrap=True)
+    kept = plan.directory if plan.mirror is None else plan.mirror.store.url
+    screen.print(f"results would go to {where or kept}", soft_wrap=True, markup=False)
 
 
 class SweepDisplay:

@@ -77,7 +77,7 @@ from experiments import (
 )
 from experiments.collect import collect
 from experiments.estimate import flops_per_second
-from experiments.launch import gang, kubectl, slurm, store
+from experiments.launch import gang, k8s_options, kubectl, slurm, store
 from experiments.launch.local import StopRequest, alone, train_all, work
 from experiments.launch.mirror import Mirror
 from experiments.launch.scratch import own_folder
@@ -132,6 +132,8 @@ def _run(argv: list[str]) -> int:
     if flags.reproduce is not None:
         return _reproduce(flags, command)
     path = command_line.config_path(flags)
+    if flags.launcher == "k8s":  # before the network is asked for anything
+        k8s_options.options(flags.config, flags.workdir if store.is_url(flags.workdir) else None)
     points = load_points(path, flags.config) if flags.sweep else [{}]
     corpus = data.load(data.resolve(flags.config.data.source))
     overridden = command_line.overridden_keys(flags)
@@ -165,7 +167,12 @@ def _mirror(flags: FlagValues) -> Mirror | None:
         return None
     url, name = flags.workdir.rstrip("/"), safe_name(flags.config.name)
     mirror = Mirror(store.open_store(f"{url}/{name}"), own_folder(url, flags.scratch) / name)
-    mirror.pull_small()
+    try:
+        mirror.pull_small()
+    except store.Unreachable as error:
+        if not flags.dry_run or flags.launcher != "k8s":
+            raise
+        print(f"warning: {one_line(error)}; how far the sweep is stays unknown", file=sys.stderr)
     return mirror
 
 
@@ -174,6 +181,8 @@ def _on_slurm(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -
     wanted, script = cluster.prepared(plan, flags.config, argv)
     if not (wanted.mixed_code or flags.status or flags.cancel):
         cluster.check_code(plan, "slurm")
+    if not (flags.status or flags.cancel):
+        device_memory.check_said(plan)
     if flags.dry_run and shutil.which("sbatch") is None:
         cluster.show_plan(screen, plan, script)
         print("warning: sbatch: not found; whether Slurm takes it is unknown", file=sys.stderr)
@@ -197,6 +206,8 @@ def _on_k8s(flags: FlagValues, plan: Plan, screen: Console, argv: list[str]) -> 
     wanted = cluster_k8s.prepared(plan, flags.config, argv, path)
     if not (wanted.options.mixed_code or flags.status or flags.cancel):
         cluster.check_code(plan, "k8s")
+    if not (flags.status or flags.cancel):
+        device_memory.check_said(plan)
     if flags.dry_run:
         cluster_k8s.show_plan(screen, plan, wanted)
         return 0
@@ -248,7 +259,11 @@ def _prepare(plan: Plan) -> None:
             summary = run.directory / "summary.json"
             what = "damaged: the run is trained again from its newest checkpoint"
             print(f"warning: {summary}: {what}", file=sys.stderr)
+    if (found := cluster.of_another_commit(plan)) is not None:
+        mixed = "the table names each run's; runs that go on are of both"
+        print(f"warning: {cluster.commits_differ(*found)}: {mixed}", file=sys.stderr)
     _make_writable(plan.directory)
+    gang.check_folder(plan)
     if plan.mirror is not None:
         plan.mirror.probe()
     programs.keep_programs(plan.directory.parent / "programs")
@@ -271,6 +286,7 @@ def _make_writable(directory: Path) -> None:
 def _follow(plan: Plan, command: str) -> int:
     """Train what the first process says; it shows and writes."""
     gang.check(plan)
+    gang.check_folder(plan)
     programs.keep_programs(plan.directory.parent / "programs")
     with open(os.devnull, "w") as nowhere, _stoppable(Console(file=nowhere), command) as stop:
         gang.follow(plan, stop)

@@ -286,6 +286,21 @@ def test_what_slurm_refuses_is_said_in_a_line(flags, commands, tmp_path, capsys)
     assert capsys.readouterr().err == "error: sbatch: error: no sbatch: error: really\n"
 
 
+def test_the_last_line_of_a_long_complaint_is_what_is_said(flags, commands, capsys):
+    fake(commands, sinfo="for i in $(seq 40); do echo sinfo: try $i >&2; done; "
+         "echo 'sinfo: fatal: no controller' >&2; exit 1")  # fmt: skip
+    assert main([*flags, "--status"]) == 2
+    assert capsys.readouterr().err == "error: sinfo: fatal: no controller\n"
+
+
+def test_what_cannot_fit_is_not_submitted(flags, commands, capsys):
+    small = "--config.launch.device_memory_gb=0.0001"
+    for more in (["--dry_run"], []):
+        assert main([*flags, small, *more]) == 2
+        assert "where a device has 100 kB" in capsys.readouterr().err
+    assert not calls(commands, "sbatch")
+
+
 @pytest.mark.parametrize(
     ("limit", "minutes"),
     [("1:00:00", 60), ("30:00", 30), ("2-00:00:00", 2880), ("1-12:30:00", 2190),

@@ -119,6 +119,17 @@ def test_processes_that_disagree_train_nothing(tiny_overrides, tmp_path):
     assert not pair.folder.exists()
 
 
+@pytest.mark.slow
+def test_processes_that_share_no_folder_train_nothing(tiny_overrides, tmp_path):
+    """Each would wait forever for the other's part of the first checkpoint."""
+    pair = Pair(tiny_overrides, tmp_path, own=("", f"--workdir={tmp_path / 'other'}"))
+    assert pair.ended() == [2, 2]
+    for text in pair.texts:
+        (line,) = [line for line in text.splitlines() if line.startswith("error: ")]
+        assert "not all 2 processes see what the first one writes there" in line
+    assert not list(tmp_path.glob("*/single/runs")) and not list(pair.folder.iterdir())
+
+
 @pytest.mark.parametrize(
     ("flags", "names"),
     [
@@ -127,6 +138,7 @@ def test_processes_that_disagree_train_nothing(tiny_overrides, tmp_path):
         (["--distributed=auto", "--process=0"], "--process: --distributed=auto finds it"),
         (["--distributed=here"], "--distributed='here': give auto, or HOST:PORT"),
         (["--distributed=:1"], "--distributed=':1': give auto, or HOST:PORT"),
+        (["--distributed=a:65536"], "--distributed='a:65536': give auto, or HOST:PORT"),
         (["--distributed=a:1"], "--processes=0: say how many"),
         (["--distributed=a:1", "--processes=2"], "--process=-1: of 0 to 1"),
         (["--distributed=a:1", "--processes=2", "--process=2"], "--process=2: of 0 to 1"),
@@ -156,3 +168,21 @@ def test_auto_where_nobody_says_who_there_is(monkeypatch):
             monkeypatch.delenv(name)
     with pytest.raises(ConfigError, match="^--distributed='auto': "):
         hosts.start("auto", 0, -1)
+
+    def initialize(**place):
+        raise ValueError("coordinator_address should be defined.")
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)  # as it says in a new process
+    with pytest.raises(ConfigError, match="^--distributed='auto': neither Slurm, a TPU pod, GKE"):
+        hosts.start("auto", 0, -1)
+
+
+def test_who_stays_away_is_waited_for_aloud(monkeypatch, capfd):
+    monkeypatch.setattr(hosts, "PATIENCE", 0.05)
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: time.sleep(0.5))
+    hosts.start("a:1", 2, 0)
+    assert capfd.readouterr().err == "waiting for all 2 processes at a:1, for 300 s at most\n"
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: None)
+    hosts.start("a:1", 2, 0)
+    time.sleep(0.2)
+    assert capfd.readouterr().err == ""

@@ -5,6 +5,7 @@ No cluster has seen these manifests. What can be known without one: they are wha
 keep the rules that the API server adds to it, and the pods' exit statuses lead where they should.
 """
 
+import functools
 import json
 import math
 import os
@@ -21,7 +22,7 @@ from test_launch_local import write_sweep
 from bitnet_jax.errors import ConfigError
 from bitnet_jax.files import write_json
 from experiments import cluster, cluster_k8s
-from experiments.launch import k8s, k8s_options
+from experiments.launch import k8s, k8s_options, store
 from experiments.launch.leases import Leases
 from experiments.plan import load_config, load_points, make_plan
 from experiments.run import main
@@ -29,6 +30,7 @@ from tests.k8s import golden
 from tests.k8s.schema import SCHEMA, strict
 
 GANGS = [case for case in golden.CASES if golden.options(**golden.CASES[case]).hosts > 1]
+OPEN_STORE = store.open_store
 VALIDATOR = jsonschema.Draft202012Validator(strict(json.loads(SCHEMA.read_text())))
 
 
@@ -386,6 +388,7 @@ REFUSED = [
     ({"queue": "a b"}, "k8s.queue='a b': the name of a LocalQueue"),
     ({"queue": "a.b" * 30}, "k8s.queue='a.ba"),
     ({"service_account": "me@x"}, "k8s.service_account='me@x': the name of a service account"),
+    ({"secret": "A_b"}, "k8s.secret='A_b': the name of a Secret"),
     ({"mount": "results"}, "k8s.mount='results': an absolute path"),
     ({"mount": "/"}, "k8s.mount='/': an absolute path"),
     ({"mount": "/a/../etc"}, "k8s.mount='/a/../etc': an absolute path"),
@@ -520,11 +523,25 @@ def test_dry_run_prints_a_file_for_kubectl(flags, tmp_path, monkeypatch, capsys)
     assert not (tmp_path / "w").exists()
 
 
+def opened(folder, url, reachable=True):
+    """A store that calls itself by a URL and lies in a folder; or that cannot be reached."""
+    found = OPEN_STORE(folder.as_uri())
+    found.url = url
+    if not reachable:
+        found.names = unreachable
+    return found
+
+
+def unreachable(prefix=""):
+    raise store.Unreachable("it is away")
+
+
 def test_a_workdir_in_object_storage(flags, tiny_corpus_path, tmp_path, monkeypatch, capsys):
     """No claim: each pod trains on its own disk, for the URL. Files that no pod has are refused."""
     pytest.importorskip("obstore")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    url = f"file://{tmp_path}/bucket"
+    url = "gs://bucket/path"
+    monkeypatch.setattr(store, "open_store", functools.partial(opened, tmp_path / "bucket"))
     others = ("--workdir", "--config.k8s.claim", "--config.k8s.mount")
     kept = [flag for flag in flags if not flag.startswith(others)]
     given = [*kept, f"--workdir={url}", "--dry_run", "--config.data.source=wikitext-2",
@@ -539,6 +556,43 @@ def test_a_workdir_in_object_storage(flags, tiny_corpus_path, tmp_path, monkeypa
     assert "k8s.claim='results': leave it out" in capsys.readouterr().err
     assert main([*given, "--config.data.source=/scratch/corpus"]) == 2
     assert "data.source='/scratch/corpus': pods have" in capsys.readouterr().err
+    away = functools.partial(opened, tmp_path / "bucket", reachable=False)
+    monkeypatch.setattr(store, "open_store", away)
+    assert main(given) == 0
+    captured = capsys.readouterr()
+    assert captured.err == "warning: it is away; how far the sweep is stays unknown\n"
+    assert f"# results would go to {url}/tiny\n" in captured.out
+    assert VALIDATOR.is_valid(yaml.safe_load(captured.out))
+    assert main([flag for flag in given if flag != "--dry_run"]) == 2
+
+
+def test_files_of_each_pod_are_no_workdir(flags, tmp_path, capsys):
+    kept = [flag for flag in flags if not flag.startswith("--workdir")]
+    assert main([*kept, f"--workdir=file://{tmp_path}/w", "--dry_run"]) == 2
+    assert "each pod has files of its own; give k8s.claim" in capsys.readouterr().err
+
+
+def test_what_cannot_fit_is_not_submitted(flags, capsys):
+    """Where it is said what a device has; this machine's is not asked."""
+    assert main([*flags, "--dry_run"]) == 0
+    assert "memory, which is unknown: launch.device_memory_gb says it" in capsys.readouterr().out
+    small = "--config.launch.device_memory_gb=0.0001"
+    for more in (["--dry_run"], []):
+        assert main([*flags, small, *more]) == 2
+        assert "where a device has 100 kB" in capsys.readouterr().err
+
+
+def test_a_secret_and_shared_memory():
+    """Credentials as variables; more than 64 MB for GPUs that talk with each other."""
+    wanted = golden.options(secret="keys", gpus=8)
+    (document,) = yaml.safe_load_all(k8s.manifest(wanted, "x", 1, ["python"]))
+    assert VALIDATOR.is_valid(document)
+    container, volumes = container_of(document), pod_of(document)["volumes"]
+    assert container["envFrom"] == [{"secretRef": {"name": "keys"}}]
+    (shm,) = [v["name"] for v in volumes if v.get("emptyDir") == {"medium": "Memory"}]
+    assert {"name": shm, "mountPath": "/dev/shm"} in container["volumeMounts"]
+    (document,) = yaml.safe_load_all(k8s.manifest(golden.options(gpus=1), "x", 1, ["python"]))
+    assert len(pod_of(document)["volumes"]) == 1 and "envFrom" not in container_of(document)
 
 
 def test_what_is_submitted(flags, commands, plan, tmp_path, capsys):

@@ -111,6 +111,17 @@ def test_help(capsys):
     assert "--sweep" in out and "--dry_run" in out and "Exit status" in out
 
 
+def test_a_flag_given_twice(sweep_file, tmp_path, capsys):
+    """The last holds, as wrappers of commands expect; budgets, which absl would join, do not."""
+    common = (f"--workdir={tmp_path / 'w'}", "--sweep", f"--config={sweep_file}", "--dry_run")
+    assert run(*common, "--config.optim.peak_lr=0.5", "--config.optim.peak_lr=0.25") == 0
+    assert capsys.readouterr().out.count(" 0.25 ") == 4
+    budgets = [f"--config.train.tokens=({n},)" for n in (1280, 2560)]
+    assert run(*common, *budgets) == 2
+    error = "error: config.train.tokens='(2560,)': given twice; give it once\n"
+    assert capsys.readouterr().err == error
+
+
 def test_flags_in_any_order(sweep_file, tmp_path, capsys):
     """The config file may be named after its overrides, and without an equals sign."""
     first, last = "--config.optim.peak_lr=0.25", ("--config", sweep_file)
@@ -178,6 +189,9 @@ MISTAKES = [
     ("--config.data.source={bad}/empty_valid", "valid.bin", "prepare the corpus again"),
     ("--config.data.source={bad}/cut", "train.bin", "prepare the corpus again"),
     ("--workdir={bad}/text.txt", "workdir='{bad}/text.txt'", "writable"),
+    ("--workdir=s3:/bucket/x", "workdir='s3:/bucket/x'", "give s3://BUCKET/PATH, or a folder"),
+    ("--workdir=gs://", "workdir='gs://'", "give gs://BUCKET/PATH, or a folder"),
+    ("--workdir=file:/x", "workdir='file:/x'", "give file:///PATH, or a folder"),
     ("--workdir={bad}/text.txt/under/it", "workdir='{bad}/text.txt/under/it'", "writable"),
     ("--bogus", "bogus", ""),
     ("--bogus=3", "bogus", ""),

@@ -33,6 +33,7 @@ SAME = [
     {"k8s.tpu_accelerator": "tpu7x", "k8s.tpu_topology": "2x2x1", "k8s.cpus": 3, "k8s.grace": 9},
     {"k8s.namespace": "n", "k8s.queue": "q", "k8s.service_account": "s", "k8s.memory": "1Gi"},
     {"k8s.node_selector": "a=b", "k8s.crashes": 0, "k8s.mixed_code": True, "k8s.hosts": 2},
+    {"k8s.secret": "s"},
     {"name": "other"},
     {"seeds.init": 0},  # what it is without being said
     {"seeds.init": 0, "seeds.data": 0, "seed": 7},

@@ -183,6 +183,7 @@ def test_a_bucket_that_is_not_there(s3, tmp_path, tiny_overrides, capsys):
     assert main(given) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: s3://none/there/tiny") and error.count("\n") == 1
+    assert "there is no such bucket" in error
     assert not list(tmp_path.glob("scratch/*/*/tiny/runs"))
 
 

@@ -140,6 +140,7 @@ def get_config() -> ConfigDict:
     )  # that train a run together; default: 1, of TPUs those of the slice
     c.k8s.namespace = config_dict.placeholder(str)  # default: kubectl's
     c.k8s.queue = config_dict.placeholder(str)  # of Kueue; default: none, pods start as they can
+    c.k8s.secret = config_dict.placeholder(str)  # whose entries pods have as environment variables
     c.k8s.service_account = config_dict.placeholder(str)  # default: the namespace's
     c.k8s.gpus = 0  # NVIDIA's, of each pod
     c.k8s.tpu_accelerator = config_dict.placeholder(str)  # of GKE, as tpu-v6e-slice

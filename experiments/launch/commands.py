@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from bitnet_jax.errors import ConfigError, clipped, one_line
 
 SECONDS = 60.0  # that a command may take
+LONG = 200  # characters of a complaint
 
 
 def ask(*command: str, given: str = "") -> str:
@@ -24,6 +25,8 @@ def ask(*command: str, given: str = "") -> str:
         raise ConfigError(f"{command[0]}: {error.strerror}") from error
     if done.returncode:
         said = " ".join(done.stderr.split()) or f"exit status {done.returncode}"
+        if len(said) > LONG:  # their last line says it, those before are of each attempt
+            said = done.stderr.strip().splitlines()[-1].strip()
         raise ConfigError(
             clipped(one_line(f"{command[0]}: {said.removeprefix(command[0] + ': ')}"))
         )

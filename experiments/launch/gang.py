@@ -10,21 +10,27 @@ import contextlib
 import json
 import os
 import sys
+import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import NoReturn
 
 import jax
 
 from bitnet_jax import hosts
 from bitnet_jax.configs.resolve import loop_options
-from bitnet_jax.errors import require
+from bitnet_jax.errors import ConfigError, require
 from bitnet_jax.member import Job
 from bitnet_jax.tracking import git_commit
 from bitnet_jax.train import Interrupted, train_group
 from experiments.plan import Plan, PlannedRun
 
 DONE, STOPPED = "done", "stopped"
+SEEN = (
+    15.0  # seconds in which a file that one host has written is seen by all that share the folder
+)
 
 
 def check(plan: Plan) -> None:
@@ -45,6 +51,41 @@ def check(plan: Plan) -> None:
             right = f"{devices} in the {jax.process_count()} processes; cut each run over all"
             require(mesh.size == there, "mesh.data * mesh.tensor", mesh.size, right)
         require(mesh.size <= there, "mesh.data * mesh.tensor", mesh.size, devices)
+
+
+def check_folder(plan: Plan) -> None:
+    """Before anything trains: that all processes write into the folder of the first one. Else each
+    would wait forever for the others' parts of the first checkpoint. The folder is there.
+
+    Raises:
+      ConfigError: in every process, where one does not see what the first has written.
+    """
+    if not hosts.several():
+        return
+    probe = plan.directory / hosts.told(f".probe.{uuid.uuid4().hex}")
+    if hosts.first():
+        probe.touch()
+    hosts.meet()
+    seen = hosts.all_of(_appears(probe))
+    if hosts.first():
+        probe.unlink(missing_ok=True)
+    if not seen:
+        raise ConfigError(
+            f"workdir={str(plan.directory.parent)!r}: not all {jax.process_count()} processes see "
+            "what the first one writes there; give --workdir a folder that their hosts share"
+        )
+
+
+def _appears(path: Path) -> bool:
+    """Whether it is there soon. Listed, not asked for, since NFS remembers what was not there."""
+    deadline = time.monotonic() + SEEN
+    while True:
+        with contextlib.suppress(OSError):
+            if path.name in os.listdir(path.parent):
+                return True
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
 
 
 def jobs_of(group: list[PlannedRun]) -> list[Job]:

@@ -40,6 +40,7 @@ HOSTS_LABEL = "bitnet-jax/hosts"  # of each worker
 INDEX = "WORKER_INDEX"  # variable of a pod: which of its gang it is
 # All pods of a slice on one slice, and no others there.
 ONE_SLICE = {"alpha.jobset.sigs.k8s.io/exclusive-topology": "cloud.google.com/gke-nodepool"}
+SHARED_MEMORY = "shared-memory"
 PORT = 8476  # of a gang's first pod, where the others find it
 
 HEADER = """\
@@ -198,8 +199,14 @@ def _pod_spec(wanted: Options, command: list[str]) -> dict[str, Any]:
         **({"nodeSelector": selector} if selector else {}),
         **({"tolerations": [taint]} if count else {}),
         "containers": [_container(wanted, command)],
-        "volumes": [{"name": "results", **_volume(wanted)}],
+        "volumes": [{"name": "results", **_volume(wanted)}, *_shared_memory(wanted)],
     }
+
+
+def _shared_memory(wanted: Options) -> list[dict[str, Any]]:
+    """By which the GPUs of a pod talk where they have no link of their own; 64 MB are usual."""
+    several = wanted.gpus > 1
+    return [{"name": SHARED_MEMORY, "emptyDir": {"medium": "Memory"}}] if several else []
 
 
 def _volume(wanted: Options) -> dict[str, Any]:
@@ -227,13 +234,17 @@ def _container(wanted: Options, command: list[str]) -> dict[str, Any]:
         "workingDir": HOME,
         "command": command,
         "env": [*_index(wanted), *({"name": k, "value": v} for k, v in environment.items())],
+        **({"envFrom": [{"secretRef": {"name": wanted.secret}}]} if wanted.secret else {}),
         **(resources if requests else {}),
         "securityContext": {
             "allowPrivilegeEscalation": False,
             "capabilities": {"drop": ["ALL"]},
         },
         "terminationMessagePolicy": "FallbackToLogsOnError",
-        "volumeMounts": [{"name": "results", "mountPath": wanted.mount}],
+        "volumeMounts": [
+            {"name": "results", "mountPath": wanted.mount},
+            *({"name": v["name"], "mountPath": "/dev/shm"} for v in _shared_memory(wanted)),
+        ],
     }
 
 

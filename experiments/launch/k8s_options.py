@@ -26,9 +26,6 @@ LONGEST = 500  # characters of an image or a path
 HOME = "/opt/bitnet_jax"  # where the Dockerfile puts this code
 TPU_LABELS = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
 
-_LABEL = "bitnet-jax/sweep"
-TPU_LABELS = ("cloud.google.com/gke-tpu-accelerator", "cloud.google.com/gke-tpu-topology")
-
 _LABEL = "[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?"  # DNS-1123
 _NAME = rf"{_LABEL}(\.{_LABEL})*"
 _WORD = "[A-Za-z0-9]([A-Za-z0-9_.-]{0,61}[A-Za-z0-9])?"  # of a label's key and value
@@ -51,6 +48,7 @@ class Options:
     hosts: int
     namespace: str | None
     queue: str | None
+    secret: str | None
     service_account: str | None
     gpus: int
     tpu_accelerator: str | None
@@ -111,6 +109,7 @@ def _check_names(section: ConfigDict, needed: Collection[str]) -> None:
         ("claim", "a PersistentVolumeClaim that many nodes can write", _NAME, 253),
         ("namespace", "a namespace", _LABEL, 63),
         ("queue", "a LocalQueue of Kueue", _NAME, 63),
+        ("secret", "a Secret", _NAME, 253),
         ("service_account", "a service account", _NAME, 253),
     ):
         value = section[key]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 SCHEMES = ("gs", "s3", "az", "file")
+_METADATA = ("169.254.169.254", "metadata.google.internal")  # asked where nothing else has any
 PATIENCE = datetime.timedelta(seconds=30)  # with one request, retries included
 
 
@@ -104,6 +105,11 @@ class Store:
 
 
 def _reason(error: Exception) -> str:
-    """obstore tells of every layer; the first line says what happened."""
+    """obstore tells of every layer; the first line says what happened, mostly."""
+    text = str(error)
+    if "NoSuchBucket" in text:
+        return "there is no such bucket"
+    if any(address in text for address in _METADATA):
+        return "no credentials were found here, nor a cloud's machine that has some"
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return one_line(lines[0])[:200]

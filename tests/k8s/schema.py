@@ -27,7 +27,7 @@ LEFT_OUT = {
     "job": {"selector", "successPolicy"},
     "pod": {"affinity", "dnsConfig", "ephemeralContainers", "hostAliases", "initContainers",
             "overhead", "resourceClaims", "resources", "topologySpreadConstraints"},
-    "container": {"envFrom", "lifecycle", "livenessProbe", "ports", "readinessProbe",
+    "container": {"lifecycle", "livenessProbe", "ports", "readinessProbe",
                   "resizePolicy", "restartPolicyRules", "startupProbe", "volumeDevices"},
 }  # fmt: skip
 VOLUMES = {"emptyDir", "name", "persistentVolumeClaim"}
