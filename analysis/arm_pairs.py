@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from analysis.comparing import Comparison, compare
-from analysis.tables import COLUMNS, AnalysisError, finished
+from analysis.tables import COLUMNS, AnalysisError, clipped, finished
 from analysis.two_arms import TwoArms
 
 if TYPE_CHECKING:
@@ -20,6 +20,14 @@ Comparisons = dict[str, Comparison | str]  # {treatment: its comparison, or why 
 def baseline_of(frame: pd.DataFrame) -> str | None:
     """The arm that others are held against, if the table has one."""
     return next((arm for arm in BASELINES if (frame["precision"] == arm).any()), None)
+
+
+def check_arms(frame: pd.DataFrame, *arms: str) -> None:
+    """Raises AnalysisError for the first that the table does not have."""
+    known = list(dict.fromkeys(map(str, frame["precision"])))
+    for arm in arms:
+        if arm not in known:
+            raise AnalysisError(f"no arm {clipped(arm)}: the table has {', '.join(known)}")
 
 
 def compare_arms(frame: pd.DataFrame, *, bootstrap: int = 1000) -> Comparisons:

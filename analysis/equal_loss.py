@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from analysis.arm_pairs import COSTS, baseline_of
+from analysis.arm_pairs import COSTS, baseline_of, check_arms
 from analysis.command import Parser, status
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.seed_noise import seed_noise
@@ -29,7 +29,7 @@ from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
     count_text,
-    finished,
+    finished_numbers,
     read_tables,
     require,
     select,
@@ -61,8 +61,9 @@ def equal_loss(
     import pandas as pd
 
     require(frame, "precision", "size", "params_non_embedding", "tokens", "seed", "loss")
+    check_arms(frame, baseline, treatment)
     costs = [cost for cost in COSTS if cost in frame]
-    rows = finished(frame)
+    rows = finished_numbers(frame, "loss", "tokens", "params_non_embedding", *costs)
     noise = _noise(rows, (baseline, treatment)) if noise is None else noise
     cells = {arm: _cells(rows[rows["precision"] == arm], costs) for arm in (baseline, treatment)}
     rng, found = np.random.default_rng(0), []

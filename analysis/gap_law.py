@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from analysis.arm_pairs import baseline_of
+from analysis.arm_pairs import baseline_of, check_arms
 from analysis.command import Parser, status
 from analysis.intervals import resamples
 from analysis.plot_option import add_plot, plot_path, write_figures
@@ -33,7 +33,7 @@ from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
     count_text,
-    finished,
+    finished_numbers,
     paired_differences,
     read_table,
     read_tables,
@@ -167,7 +167,8 @@ def new_gaps(law: GapLaw, frame: pd.DataFrame) -> pd.DataFrame:
 def pairs_of(frame: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame:
     """Paired differences (tables.paired_differences), with the parameters of each size."""
     require(frame, "size", "precision", *UNITS)
-    rows = finished(frame)
+    check_arms(frame, baseline, treatment)
+    rows = finished_numbers(frame, "loss", *UNITS)
     pairs = paired_differences(rows, baseline, treatment)
     parameters = rows.groupby("size")["params_non_embedding"].first()
     return pairs.assign(params_non_embedding=pairs["size"].map(parameters))

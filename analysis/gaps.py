@@ -15,12 +15,12 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.arm_pairs import baseline_of
+from analysis.arm_pairs import baseline_of, check_arms
 from analysis.command import Parser, status
 from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
-    finished,
+    finished_numbers,
     paired_differences,
     read_tables,
     require,
@@ -44,7 +44,8 @@ def gaps(frame: pd.DataFrame, baseline: str) -> pd.DataFrame:
     import pandas as pd
 
     require(frame, "precision", "size", "params_non_embedding")
-    rows = finished(frame)
+    check_arms(frame, baseline)
+    rows = finished_numbers(frame, "loss", "tokens", "params_non_embedding")
     parameters = rows.groupby("size")["params_non_embedding"].first()
     others = [arm for arm in dict.fromkeys(rows["precision"]) if arm != baseline]
     found = [_of_arm(paired_differences(rows, baseline, arm), arm) for arm in others]

@@ -20,7 +20,14 @@ import numpy as np
 
 from analysis.arm_pairs import baseline_of
 from analysis.command import Parser, status
-from analysis.tables import TABLES_HELP, AnalysisError, finished, read_tables, require, select
+from analysis.tables import (
+    TABLES_HELP,
+    AnalysisError,
+    finished_numbers,
+    read_tables,
+    require,
+    select,
+)
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -44,7 +51,7 @@ def seed_noise(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     require(frame, "precision", "size", "seed", "tokens", "loss", "params_non_embedding")
-    rows = finished(frame)
+    rows = finished_numbers(frame, "loss", "tokens", "params_non_embedding")
     rows = rows.assign(**{c: rows[c].map(str) if c in rows else "" for c in _RECIPE + _RATES})
     cell = ["precision", "size", "tokens", *_RECIPE]
     if rows.duplicated([*cell, *_RATES, "seed"]).any():

@@ -18,7 +18,7 @@ from analysis.command import Parser, status
 from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
-    finished,
+    finished_numbers,
     read_tables,
     require,
     select,
@@ -43,7 +43,7 @@ def settings(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     import pandas as pd
 
     require(frame, "precision", "loss", *_CELL, column)
-    rows = finished(frame)
+    rows = finished_numbers(frame, "loss")
     found = []
     for precision, arm in rows.groupby("precision", sort=False):
         sizes = {str(size): own for size, own in arm.groupby("size", sort=False)}

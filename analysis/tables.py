@@ -207,6 +207,20 @@ def finished(frame: pd.DataFrame) -> pd.DataFrame:
     return frame[keep]
 
 
+def finished_numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
+    """`finished`, of which each of the columns is a positive number in every row.
+
+    Raises:
+      AnalysisError: names the first column and row where it is none.
+    """
+    import pandas as pd
+
+    rows = finished(frame)
+    for column in columns:
+        numbers(rows, column)
+    return rows.assign(**{column: pd.to_numeric(rows[column]) for column in columns})
+
+
 def fitted_rows(frame: pd.DataFrame) -> pd.DataFrame:
     """The finished rows; AnalysisError if there are none, or if some did not end in a decay."""
     refuse_undecayed(frame)

@@ -1,6 +1,8 @@
 """Differences of arms, pair by pair: known answers, and what is refused."""
 
+import importlib
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -9,6 +11,7 @@ import pytest
 from analysis.gaps import gaps, main
 from analysis.tables import AnalysisError
 
+ROOT = Path(__file__).parent.parent
 # By arm, size, budget: losses of the seeds.
 LOSSES = {
     ("fp16", "95k", 1e6): [2.0],
@@ -64,7 +67,7 @@ def test_a_diverged_run_is_no_partner():
     ("changed", "says"),
     [
         (lambda t: t[t["precision"] == "fp16"], "shares size"),
-        (lambda t: t[t["precision"] != "fp16"], "shares size"),
+        (lambda t: t[t["precision"] != "fp16"], "no arm .fp16.: the table has ternary, binary"),
         (lambda t: t.drop(columns="seed"), "seed"),
         (lambda t: t.assign(variant=np.where(t["tokens"] < 1e6, "a", "b")), "variant"),
     ],
@@ -102,3 +105,36 @@ def test_arms_of_several_tables(tmp_path, capsys):
     expected = gaps(table(), "fp16")
     np.testing.assert_allclose(found["percent"], expected["percent"])
     assert main([str(paths[0])]) == 2
+
+
+@pytest.mark.parametrize(
+    "command", ["gaps", "gap_law", "equal_loss", "seed_noise", "settings --column=peak_lr"]
+)
+@pytest.mark.parametrize("loss", ["nan", "x", "-1.0", "inf"])
+def test_a_loss_that_is_none_is_refused(tmp_path, capsys, command, loss):
+    """In a line that names it, by every command on pairs; of a run that diverged no matter."""
+    name, *more = command.split()
+    lines = (ROOT / "results/study-cpu/grid/endpoints.csv").read_text().splitlines()
+    at = lines[0].split(",").index("loss")
+    row = lines[5].split(",")
+    row[at] = loss
+    file = tmp_path / "endpoints.csv"
+    file.write_text("\n".join([*lines[:5], ",".join(row), *lines[6:]]))
+    main = importlib.import_module(f"analysis.{name}").main
+    assert main([str(file), *more]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: column 'loss', row 4: ") and error.count("\n") == 1
+    row[lines[0].split(",").index("status")] = "diverged"
+    file.write_text("\n".join([*lines[:5], ",".join(row), *lines[6:]]))
+    assert main([str(file), *more]) in (0, 2)
+    assert "column 'loss'" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments", ["gaps --baseline=nope", "gap_law --treatment=nope", "equal_loss --baseline=nope"]
+)
+def test_an_unknown_arm_is_named(capsys, arguments):
+    name, flag = arguments.split()
+    main = importlib.import_module(f"analysis.{name}").main
+    assert main([str(ROOT / "results/study-cpu/grid/endpoints.csv"), flag]) == 2
+    assert capsys.readouterr().err == "error: no arm 'nope': the table has bf16, fp16, ternary\n"
