@@ -100,4 +100,5 @@ def test_command(tmp_path, capsys):
     assert main([paths[0], "--treatment=binary"]) == 2
     assert main([paths[0], "--bootstrap=9"]) == 2
     error = capsys.readouterr().err
-    assert error.startswith("error: no arm 'binary': the table has fp16, ternary") and "--bootstrap=9: at least" in error
+    assert error.startswith("error: no arm 'binary': the table has fp16, ternary")
+    assert "--bootstrap=9: at least" in error
