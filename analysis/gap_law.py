@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 
 UNITS = {"params_non_embedding": 1e5, "tokens": 1e6}
 FEWEST = 5  # pairs of runs: three parameters, and something left to tell how far they are off
+LEAST = 0.05  # by which N and D must vary beside each other, of the rounding of budgets far more
 EXPONENT = "a + b"  # of N at a fixed ratio of tokens to parameters
 
 
@@ -110,10 +111,15 @@ def fit_gap_law(
     if difference.mean() <= 0:
         raise AnalysisError(f"{treatment!r} is not above {baseline!r}: no power law of a distance")
     design = _design(pairs[list(UNITS)].to_numpy(float))
+    if not _told_apart(design):
+        raise AnalysisError(
+            "tokens rise with parameters at nearly a fixed ratio: nothing tells the exponent of "
+            "one from that of the other; take endpoints of several ratios"
+        )
     start = np.array([np.log(difference.mean()), 0.0, 0.0])
     theta = _solve(design, difference, np.ones(len(pairs)), start)
     weights = resamples(len(pairs), bootstrap, runs)
-    kept = [w for w in weights if np.linalg.matrix_rank(design[w > 0]) == 3]
+    kept = [w for w in weights if _told_apart(design[w > 0])]
     draws = np.stack([_solve(design, difference, w, theta) for w in kept])
     columns = {"k": np.exp(draws[:, 0]), "a": draws[:, 1], "b": draws[:, 2]}
     columns[EXPONENT] = columns["a"] + columns["b"]
@@ -177,6 +183,12 @@ def pairs_of(frame: pd.DataFrame, baseline: str, treatment: str) -> pd.DataFrame
 def _design(inputs: np.ndarray) -> np.ndarray:
     """[P, 3]: one, and the logarithms of N and D in their units."""
     return np.column_stack([np.ones(len(inputs)), np.log(inputs / list(UNITS.values()))])
+
+
+def _told_apart(design: np.ndarray) -> bool:
+    """Whether N and D vary each by itself, by LEAST in the logarithm at least."""
+    logs = design[:, 1:] - design[:, 1:].mean(axis=0)
+    return bool(np.linalg.svd(logs, compute_uv=False)[-1] >= LEAST * np.sqrt(len(logs)))
 
 
 def _solve(

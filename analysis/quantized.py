@@ -30,6 +30,8 @@ def quantized(rows: dict[str, list[dict[str, Any]]]) -> pd.DataFrame:
     found = []
     for run, own in rows.items():
         name = run.rpartition("-")[0] or run
+        if sum(other.rpartition("-")[0] == name for other in rows) > 1:
+            name = run  # else two would be one column, of their mean
         for row in own:
             scales = "calibrated" if row["calibrated"] else "of the weights"
             granularity = row["granularity"] or "-"

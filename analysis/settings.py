@@ -43,6 +43,8 @@ def settings(frame: pd.DataFrame, column: str) -> pd.DataFrame:
     import pandas as pd
 
     require(frame, "precision", "loss", *_CELL, column)
+    if column in ("precision", "loss", *_CELL):
+        raise AnalysisError(f"column {column!r}: runs are compared at equal {', '.join(_CELL)}")
     rows = finished_numbers(frame, "loss")
     found = []
     for precision, arm in rows.groupby("precision", sort=False):

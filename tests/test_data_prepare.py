@@ -126,6 +126,17 @@ def test_training_does_not_see_a_document_that_validates(tmp_path, text):
     assert (counts["train"]["duplicates"], counts["valid"]["duplicates"]) == (10, 1)
 
 
+def test_what_validates_is_never_trained_on(tmp_path, text):
+    twice = write_documents(tmp_path / "twice.txt", DOCUMENTS + DOCUMENTS)
+    valid = write_documents(tmp_path / "valid.txt", ["own\n", *DOCUMENTS[50:60], "own\n"])
+    options = {"valid_sources": [valid], "keep_duplicates": True}
+    counts = prepare([twice], "bytes", tmp_path / "out", **options)["splits"]
+    train = split_documents(load(tmp_path / "out"), "train")
+    assert train == 2 * [document.encode() for document in DOCUMENTS[:50] + DOCUMENTS[60:]]
+    assert (counts["train"]["duplicates"], counts["valid"]["duplicates"]) == (20, 0)
+    assert counts["valid"]["documents"] == 12
+
+
 def test_a_corpus_of_before_may_hold_duplicates(tmp_path, text):
     """So it is the same one only if they may stay."""
     out = tmp_path / "out"

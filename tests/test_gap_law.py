@@ -102,3 +102,11 @@ def test_command(tmp_path, capsys):
     error = capsys.readouterr().err
     assert error.startswith("error: no arm 'binary': the table has fp16, ternary")
     assert "--bootstrap=9: at least" in error
+
+
+def test_a_fixed_ratio_cannot_tell_the_exponents_apart():
+    """But for the rounding of budgets to batches, which an exact rank is fooled by."""
+    frame = table(ratios=(10,), sizes={f"{n}k": n * 1e3 for n in (27, 56, 95, 160, 330)})
+    frame["tokens"] = (frame["tokens"] / 1024).round() * 1024
+    with pytest.raises(AnalysisError, match="nearly a fixed ratio"):
+        fit_gap_law(frame, "fp16", "ternary", bootstrap=100)

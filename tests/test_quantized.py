@@ -40,3 +40,13 @@ def test_files_that_are_missing_or_something_else(tmp_path, capsys, text):
     assert main([str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and "quantize" in error and error.count("\n") == 1
+
+
+def test_runs_of_one_name_are_two_columns(tmp_path, capsys):
+    for digest, difference in (("abc", 1.0), ("def", 2.0)):
+        rows = {("as trained", None, False): 0.0, ("ternary_absmean", "tensor", False): difference}
+        write(tmp_path / "quantize", f"27k-fp16-s0-{digest}", rows)
+    assert main([str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "27k-fp16-s0-abc" in out and "27k-fp16-s0-def" in out
+    assert "+1.0000" in out and "+2.0000" in out and "+1.5000" not in out

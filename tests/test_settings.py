@@ -1,6 +1,7 @@
 """What a setting costs: known answers, and what is refused."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -78,3 +79,10 @@ def test_command(tmp_path, capsys):
     assert [row["cost"] for row in found] == pytest.approx([0, 0.01, 0.1])
     assert main([str(path), "--column=peak_lr"]) == 2
     assert capsys.readouterr().err.startswith("error: no column 'peak_lr'")
+
+
+@pytest.mark.parametrize("column", ["seed", "size", "tokens", "precision", "loss"])
+def test_what_runs_are_compared_at_is_not_varied(capsys, column):
+    table = Path(__file__).parent.parent / "results/study-cpu/weight_decay/endpoints.csv"
+    assert main([str(table), f"--column={column}"]) == 2
+    assert f"column '{column}': runs are compared at equal" in capsys.readouterr().err

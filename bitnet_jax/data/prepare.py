@@ -49,7 +49,8 @@ def prepare(
         `valid_sources`.
       valid_sources: the validation text, if it is not to be split off.
       most_bytes: of the sources' text, up to the end of the document that passes it; None for all.
-      keep_duplicates: equal documents stay; they land on the same side of a split.
+      keep_duplicates: equal documents stay, on the same side of a split; those of `valid_sources`
+        are left out of training all the same.
 
     Raises:
       DataError: sources that cannot be read, an empty split, an `out` with other content.
@@ -114,7 +115,7 @@ def build(
         return existing
     choose = (lambda text: "train") if valid else _hash_split(valid_fraction, seed)
     with corpus.building(out) as partial:
-        seen = None if keep_duplicates else _Seen()
+        seen = _Seen(keep_duplicates)
         counts = _write(partial, encoder, train, valid, choose, most_bytes, seen)
         if encoder.path is not None:
             shutil.copyfile(encoder.path, partial / "tokenizer.json")
@@ -167,20 +168,29 @@ def _hash_split(valid_fraction: float, seed: int) -> Callable[[bytes], str]:
 
 
 class _Seen:
-    """Documents by a hash of their words, which takes some hundred bytes for each."""
+    """Documents by a hash of their words, which takes some hundred bytes for each.
 
-    def __init__(self) -> None:
+    keep: equal ones stay, but for training's that validate.
+    """
+
+    def __init__(self, keep: bool) -> None:
+        self._keep = keep
         self._digests: set[bytes] = set()
 
-    def new(self, document: Document) -> bool:
-        """Whether it was not there before. What follows in a running text always is."""
-        if not document.separated:
+    def new(self, document: Document, split: str) -> bool:
+        """Whether it was not there before; `valid` is asked for first. What follows in a running
+        text always is."""
+        if not document.separated or (self._keep and split == "train" and not self._digests):
             return True
         words = b" ".join(document.text.split())
         digest = hashlib.blake2b(words, digest_size=16).digest()
-        before = len(self._digests)
+        known = digest in self._digests
+        if self._keep:
+            if split == "valid":
+                self._digests.add(digest)
+            return split == "valid" or not known
         self._digests.add(digest)
-        return len(self._digests) > before
+        return not known
 
 
 def _write(
@@ -190,7 +200,7 @@ def _write(
     valid: list[Source],
     choose: Callable[[bytes], str],
     most_bytes: int | None,
-    seen: _Seen | None,
+    seen: _Seen,
 ) -> dict[str, Any]:
     """Writes both splits, `choose` dividing the documents of `train`; returns their counts.
 
@@ -207,7 +217,7 @@ def _write(
             ("train", train, most_bytes, choose),
         ):
             for batch in _batches(_documents(sources, most)):
-                kept = batch if seen is None else [d for d in batch if seen.new(d)]
+                kept = [document for document in batch if seen.new(document, split)]
                 dropped[split] += len(batch) - len(kept)
                 for document, ids in zip(kept, encoder.encode(kept), strict=True):
                     writer = writers[split_of(document.text)]
@@ -221,7 +231,7 @@ def _write(
                     "or give the validation text as --valid=PATH"
                 )
         return {
-            name: writer.finish() | ({} if seen is None else {"duplicates": dropped[name]})
+            name: writer.finish() | {"duplicates": dropped[name]}
             for name, writer in writers.items()
         }
     finally:
