@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from analysis.comparing import Comparison, compare
-from analysis.tables import COLUMNS, AnalysisError, clipped, finished
+from analysis.tables import (
+    COLUMNS,
+    AnalysisError,
+    clipped,
+    finished,
+    read_tables,
+    require,
+    select,
+)
 from analysis.two_arms import TwoArms
 
 if TYPE_CHECKING:
@@ -20,6 +29,24 @@ Comparisons = dict[str, Comparison | str]  # {treatment: its comparison, or why 
 def baseline_of(frame: pd.DataFrame) -> str | None:
     """The arm that others are held against, if the table has one."""
     return next((arm for arm in BASELINES if (frame["precision"] == arm).any()), None)
+
+
+def read_arms(
+    files: Sequence[str], where: str | None, baseline: str | None
+) -> tuple[pd.DataFrame, str]:
+    """The rows that a command is asked for, and the arm that it holds others against: the one
+    given, or the table's 16-bit one.
+
+    Raises:
+      AnalysisError: a table that cannot be read, or none of the arms that are taken by default.
+    """
+    frame = read_tables(files)
+    rows = frame if where is None else select(frame, where)
+    require(rows, "precision")
+    chosen = baseline or baseline_of(rows)
+    if chosen is None:
+        raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
+    return rows, chosen
 
 
 def check_arms(frame: pd.DataFrame, *arms: str) -> None:

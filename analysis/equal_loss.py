@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.interpolate import PchipInterpolator
 
-from analysis.arm_pairs import COSTS, baseline_of, check_arms
+from analysis.arm_pairs import COSTS, check_arms, read_arms
 from analysis.command import Parser, status
 from analysis.plot_option import add_plot, plot_path, write_figures
 from analysis.seed_noise import seed_noise
@@ -30,9 +30,7 @@ from analysis.tables import (
     AnalysisError,
     count_text,
     finished_numbers,
-    read_tables,
     require,
-    select,
 )
 
 if TYPE_CHECKING:
@@ -176,18 +174,12 @@ def _run(args: argparse.Namespace) -> None:
     if args.noise is not None and not 0 < args.noise < 1:
         raise AnalysisError(f"--noise={args.noise}: it must lie between 0 and 1 nats")
     plot = plot_path(args.plot)
-    frame = read_tables(args.files)
-    rows = frame if args.where is None else select(frame, args.where)
-    require(rows, "precision")
-    baseline = args.baseline or baseline_of(rows)
-    if baseline is None:
-        raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
+    rows, baseline = read_arms(args.files, args.where, args.baseline)
     found = equal_loss(rows, baseline, args.treatment, noise=args.noise)
     if plot is not None:
         from analysis import paired_figures
 
-        draw = lambda: paired_figures.worth(found, baseline, args.treatment)  # noqa: E731
-        write_figures(plot, {"": draw})
+        write_figures(plot, {"": lambda: paired_figures.worth(found, baseline, args.treatment)})
     if args.json:
         records: list[dict[str, Any]] = json.loads(found.to_json(orient="records"))
         print(json.dumps(records, indent=2))

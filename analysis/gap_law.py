@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.optimize import least_squares
 
-from analysis.arm_pairs import baseline_of, check_arms
+from analysis.arm_pairs import check_arms, read_arms
 from analysis.command import Parser, status
 from analysis.intervals import resamples
 from analysis.plot_option import add_plot, plot_path, write_figures
@@ -36,9 +36,7 @@ from analysis.tables import (
     finished_numbers,
     paired_differences,
     read_table,
-    read_tables,
     require,
-    select,
 )
 
 if TYPE_CHECKING:
@@ -216,12 +214,7 @@ def _run(args: argparse.Namespace) -> None:
     if args.bootstrap < 100:
         raise AnalysisError(f"--bootstrap={args.bootstrap}: at least 100 draws")
     plot = plot_path(args.plot)
-    frame = read_tables(args.files)
-    rows = frame if args.where is None else select(frame, args.where)
-    require(rows, "precision")
-    baseline = args.baseline or baseline_of(rows)
-    if baseline is None:
-        raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
+    rows, baseline = read_arms(args.files, args.where, args.baseline)
     law = fit_gap_law(rows, baseline, args.treatment, bootstrap=args.bootstrap)
     new = None if args.new is None else new_gaps(law, read_table(args.new))
     if plot is not None:

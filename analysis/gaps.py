@@ -15,16 +15,14 @@ import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from analysis.arm_pairs import baseline_of, check_arms
+from analysis.arm_pairs import check_arms, read_arms
 from analysis.command import Parser, status
 from analysis.tables import (
     TABLES_HELP,
     AnalysisError,
     finished_numbers,
     paired_differences,
-    read_tables,
     require,
-    select,
 )
 
 if TYPE_CHECKING:
@@ -84,12 +82,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _run(args: argparse.Namespace) -> None:
-    frame = read_tables(args.files)
-    rows = frame if args.where is None else select(frame, args.where)
-    require(rows, "precision")
-    baseline = args.baseline or baseline_of(rows)
-    if baseline is None:
-        raise AnalysisError("no 16-bit arm in the table; name one with --baseline")
+    rows, baseline = read_arms(args.files, args.where, args.baseline)
     found = gaps(rows, baseline)
     if args.json:
         records: list[dict[str, Any]] = json.loads(found.to_json(orient="records"))

@@ -217,7 +217,7 @@ def finished_numbers(frame: pd.DataFrame, *columns: str) -> pd.DataFrame:
 
     rows = finished(frame)
     for column in columns:
-        numbers(rows, column)
+        numbers(rows, column)  # of which counts would come back as floats
     return rows.assign(**{column: pd.to_numeric(rows[column]) for column in columns})
 
 

@@ -184,13 +184,10 @@ class _Seen:
             return True
         words = b" ".join(document.text.split())
         digest = hashlib.blake2b(words, digest_size=16).digest()
-        known = digest in self._digests
-        if self._keep:
-            if split == "valid":
-                self._digests.add(digest)
-            return split == "valid" or not known
-        self._digests.add(digest)
-        return not known
+        known, validates = digest in self._digests, split == "valid"
+        if validates or not self._keep:
+            self._digests.add(digest)
+        return not known or (validates and self._keep)
 
 
 def _write(

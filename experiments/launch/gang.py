@@ -28,9 +28,7 @@ from bitnet_jax.train import Interrupted, train_group
 from experiments.plan import Plan, PlannedRun
 
 DONE, STOPPED = "done", "stopped"
-SEEN = (
-    15.0  # seconds in which a file that one host has written is seen by all that share the folder
-)
+SEEN = 15.0  # seconds in which what one host writes is seen by all that share its folder
 
 
 def check(plan: Plan) -> None:

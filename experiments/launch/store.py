@@ -111,5 +111,5 @@ def _reason(error: Exception) -> str:
         return "there is no such bucket"
     if any(address in text for address in _METADATA):
         return "no credentials were found here, nor a cloud's machine that has some"
-    lines = str(error).strip().splitlines() or [type(error).__name__]
+    lines = text.strip().splitlines() or [type(error).__name__]
     return one_line(lines[0])[:200]
